@@ -1,0 +1,1100 @@
+"""Activity logs: raw files, the filter, the split, and the prepared form on disk.
+
+A raw file becomes an `EventLog` (`read_events`), loses rare items and uninformative users
+(`filter_events`), is cut in two parts in time (`split`) and stored (`save`, `load`).
+"""
+
+import csv
+import difflib
+import json
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from crnn_np.errors import DataError, SettingsError
+
+FORMAT = 1
+FILES = ("train.parquet", "heldout.parquet", "users.parquet", "items.parquet", "stats.json")
+NULL_PLACE = "0" * 32
+ARCHIVE_MEMBER = "userid-timestamp-"
+SEPARATORS = "\t,;|"
+BLOCK = 1 << 20  # bytes the parser takes at a time, and longest line
+HOPELESS = 1000  # lines of which none has the right number of columns
+N_EXAMPLES = 5
+PACKED = {b"PK\3\4": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+NUMBER = r"^-?\d{1,15}(\.\d*)?$"
+DAY = r"^\d{4}-\d\d-\d\d"
+CLOCK = r"[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?"
+ZONE = r"(Z|[+-]\d\d:?\d\d)$"
+
+logger = logging.getLogger(__name__)
+
+
+class EventLog(NamedTuple):
+    """Sequences of events of many users, one user after the other.
+
+    Attributes
+    ----------
+    indptr : i64[U + 1]
+        User u's events are ``items[indptr[u]:indptr[u + 1]]``.
+    items : i32[E]
+        Item of each event, 0 <= item < I; a user's events are in time order.
+    times : i64[E] or None
+        Seconds since 1970 UTC; None where the source has no times.
+    user_ids, item_ids : object[U], object[I]
+        The ids (str) of the source.
+    """
+
+    indptr: np.ndarray
+    items: np.ndarray
+    times: np.ndarray | None
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+
+    @property
+    def n_users(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def n_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def n_events(self) -> int:
+        return len(self.items)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of events of each user, i64[U]."""
+        return np.diff(self.indptr)
+
+
+class Split(NamedTuple):
+    """The training part and the held-out part of a log, over the same users and items."""
+
+    train: EventLog
+    heldout: EventLog
+
+
+class Reading(NamedTuple):
+    """A raw log, and what the file held beside it.
+
+    Attributes
+    ----------
+    log : EventLog
+    n_lines, n_malformed : int
+        Lines of the file without its header, and how many of these were left out as malformed.
+    malformed : list of (int, str)
+        Line number (from 1, the header counts) and fault of the first few.
+    """
+
+    log: EventLog
+    n_lines: int
+    n_malformed: int
+    malformed: list
+
+
+def read_events(source, like: str = "table", **options) -> EventLog:
+    """Read a raw log.
+
+    Parameters
+    ----------
+    source : path
+        A text file, plain or gzip; the Last.fm-1K archive as it is downloaded (.tar.gz);
+        a Parquet table.
+    like : "brightkite", "lastfm" or "table"
+        The SNAP check-in file, the Last.fm-1K file, or a table with named columns.
+    **options
+        See `read_counted`.
+
+    Returns
+    -------
+    EventLog
+        Unfiltered. Users and items are numbered by their first appearance in the file, from
+        top to bottom. A user's events are in time order, those of the same second in file
+        order; Brightkite and Last.fm files are newest first and are reversed before.
+
+    Raises
+    ------
+    DataError
+        The file is missing, unreadable or no such log, or too many lines are malformed.
+    SettingsError
+        An option does not fit.
+    """
+    return read_counted(source, like, **options).log
+
+
+def read_counted(
+    source,
+    like: str = "table",
+    *,
+    item: str = "artist",
+    paper_items: bool = False,
+    drop_null_place: bool = False,
+    user_column: str = "user",
+    item_column: str = "item",
+    time_column: str | None = None,
+    separator: str | None = None,
+    max_malformed: float = 0.01,
+    progress: Callable[[int, int], object] | None = None,
+) -> Reading:
+    """Read a raw log, as `read_events`, and say what was left out.
+
+    A line is malformed if it has another number of columns, an empty user or item, a time that
+    can't be read, or one of the three is not UTF-8. Blank lines at the end do not count.
+
+    Parameters
+    ----------
+    source, like
+        See `read_events`.
+    item : "artist" or "track"
+        What a Last.fm item is. Without an id it is ``name:ARTIST`` or ``name:ARTIST<tab>TRACK``.
+    paper_items : bool
+        Last.fm artists by id alone, as the paper's authors had it: all artists without an id
+        become one item, whose id is the empty string.
+    drop_null_place : bool
+        Leave out Brightkite check-ins at the place of 32 zeros ("no place").
+    user_column, item_column, time_column : str
+        Columns of a table. Times are ISO 8601 (UTC if they do not say) or seconds since 1970;
+        by default they are in the column `time` if there is one, and without times the order of
+        the file is the order.
+    separator : str, optional
+        Of the columns of a text table; by default found from the header. Quotes have no
+        meaning where it is a tab.
+    max_malformed : float
+        Largest share of malformed lines.
+    progress : callable, optional
+        Called with (done, total), in bytes of a text file or rows of a Parquet file.
+
+    Returns
+    -------
+    Reading
+
+    Raises
+    ------
+    DataError, SettingsError
+        See `read_events`.
+    """
+    source = Path(source)
+    if like not in ("brightkite", "lastfm", "table"):
+        raise SettingsError(f"like is {like!r}: brightkite, lastfm or table was expected")
+    if item not in ("artist", "track"):
+        raise SettingsError(f"item is {item!r}: artist or track was expected")
+    if like != "lastfm" and (item != "artist" or paper_items):
+        raise SettingsError(f"item and paper_items are for lastfm logs, not for {like}")
+    if paper_items and item == "track":
+        raise SettingsError("paper_items is a rule for artists: leave it out with item = track")
+    if like != "brightkite" and drop_null_place:
+        raise SettingsError(f"drop_null_place is for brightkite logs, not for {like}")
+    if separator is not None and len(separator.encode()) != 1:
+        raise SettingsError(f"separator is {separator!r}: a single character was expected")
+    if not 0 <= max_malformed <= 1:
+        raise SettingsError(f"max_malformed is {max_malformed}: 0 to 1 was expected")
+    rows = _Rows()
+    head = _peek(source)
+    wanted = (user_column, item_column, time_column)
+    if like == "table" and head.startswith(b"PAR1"):
+        batches = _parquet_batches(source, wanted, rows, progress)
+    elif like == "table":
+        batches = _table_batches(source, head, wanted, separator, rows, progress)
+    elif like == "brightkite":
+        batches = _brightkite_batches(source, rows, progress)
+    else:
+        batches = _lastfm_batches(source, _is_tar(head), item, paper_items, rows, progress)
+    drop_item = NULL_PLACE if drop_null_place else None
+    columns = _collect(batches, rows, drop_item, keep_empty=paper_items)
+    _check_lines(source, rows, max_malformed)
+    return Reading(_in_order(*columns, newest_first=like != "table"), *rows.count())
+
+
+def from_sequences(sequences, n_items: int | None = None) -> EventLog:
+    """Make a log of sequences of item numbers, one sequence per user.
+
+    Parameters
+    ----------
+    sequences : iterable of 1-D integer sequences
+    n_items : int, optional
+        Number of items; by default the largest number + 1.
+
+    Returns
+    -------
+    EventLog
+        Without times; the ids are ``str(index)``.
+
+    Raises
+    ------
+    DataError
+        An item is no integer in [0, n_items).
+    """
+    parts = [np.asarray(sequence) for sequence in sequences]
+    for user, part in enumerate(parts):
+        if part.ndim != 1 or (part.size and part.dtype.kind not in "iu"):
+            raise DataError(
+                f"sequence {user} has shape {part.shape} and type {part.dtype}: "
+                "a one-dimensional sequence of integers was expected"
+            )
+    indptr = np.cumsum([0] + [part.size for part in parts], dtype=np.int64)
+    items = np.concatenate([part.astype(np.int64) for part in parts] or [np.zeros(0, np.int64)])
+    if n_items is None:
+        n_items = int(items.max(initial=-1)) + 1
+    if items.size and not 0 <= items.min() <= items.max() < n_items:
+        raise DataError(
+            f"items run from {items.min()} to {items.max()}: with n_items = {n_items} "
+            f"0 to {n_items - 1} was expected"
+        )
+    return EventLog(
+        indptr, items.astype(np.int32), None, _numbered_ids(len(parts)), _numbered_ids(n_items)
+    )
+
+
+def cut_tail(log: EventLog, lengths) -> Split:
+    """Cut the last ``lengths[u]`` events of each user off as the held-out part.
+
+    Parameters
+    ----------
+    log : EventLog
+    lengths : i64[U]
+        0 <= lengths <= log.lengths.
+
+    Returns
+    -------
+    Split
+        Users and items are numbered as in `log`.
+
+    Raises
+    ------
+    SettingsError
+        `lengths` has another shape or is out of range.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if lengths.shape != (log.n_users,):
+        raise SettingsError(f"lengths has shape {lengths.shape}: ({log.n_users},) was expected")
+    if ((lengths < 0) | (lengths > log.lengths)).any():
+        raise SettingsError("lengths must lie between 0 and each user's number of events")
+    first = np.repeat(log.indptr[1:] - lengths, log.lengths)
+    held = np.arange(log.n_events) >= first
+    return Split(_select(log, ~held), _select(log, held))
+
+
+def concatenate(train: EventLog, heldout: EventLog) -> EventLog:
+    """Append each user's held-out events to their training events.
+
+    Parameters
+    ----------
+    train, heldout : EventLog
+        Over the same users and items.
+
+    Returns
+    -------
+    EventLog
+        With times only if both parts have them.
+
+    Raises
+    ------
+    DataError
+        The parts have other numbers of users or items.
+    """
+    if (train.n_users, train.n_items) != (heldout.n_users, heldout.n_items):
+        raise DataError(
+            f"the parts do not belong together: {train.n_users} users and {train.n_items} items "
+            f"in the first, {heldout.n_users} and {heldout.n_items} in the second"
+        )
+    indptr = train.indptr + heldout.indptr
+    to_train = np.arange(train.n_events) + np.repeat(heldout.indptr[:-1], train.lengths)
+    to_heldout = np.arange(heldout.n_events) + np.repeat(train.indptr[1:], heldout.lengths)
+
+    def join(first, second):
+        joined = np.empty(len(first) + len(second), first.dtype)
+        joined[to_train] = first
+        joined[to_heldout] = second
+        return joined
+
+    times = None
+    if train.times is not None and heldout.times is not None:
+        times = join(train.times, heldout.times)
+    items = join(train.items, heldout.items)
+    return train._replace(indptr=indptr, items=items, times=times)
+
+
+def filter_events(
+    log: EventLog,
+    min_item_events: int = 10,
+    min_user_events: int = 11,
+    min_user_entropy: float = 2.5,
+) -> EventLog:
+    """Drop rare items, then short users, then users who repeat themselves.
+
+    One pass in this order, as in the code of the paper's authors: items with fewer than
+    `min_item_events` events, users with fewer than `min_user_events` of the remaining events,
+    users whose item entropy is at most `min_user_entropy`. Items and users without events go
+    as well; the others are renumbered in their old order.
+
+    Parameters
+    ----------
+    log : EventLog
+    min_item_events, min_user_events : int
+    min_user_entropy : float
+        Nats; a negative number keeps every user.
+
+    Returns
+    -------
+    EventLog
+
+    Raises
+    ------
+    DataError
+        Nothing is left; the text says which of the three emptied the log.
+    """
+    if log.n_events == 0:
+        raise DataError("the log has no events")
+    counts = np.bincount(log.items, minlength=log.n_items)
+    log = _select(log, (counts >= min_item_events)[log.items])
+    if log.n_events == 0:
+        raise DataError(
+            f"the filter left nothing: no item has min_item_events = {min_item_events} events "
+            f"(the most frequent has {counts.max()}); lower --min-item-events"
+        )
+    log, longest = _select_users(log, log.lengths >= max(min_user_events, 1)), log.lengths.max()
+    if log.n_events == 0:
+        raise DataError(
+            f"the filter left nothing: no user has min_user_events = {min_user_events} events "
+            f"of frequent items (the longest has {longest}); lower --min-user-events"
+        )
+    entropy = _item_entropy(log)
+    log = _select_users(log, entropy > min_user_entropy)
+    if log.n_events == 0:
+        raise DataError(
+            f"the filter left nothing: no user's item entropy is over min_user_entropy = "
+            f"{min_user_entropy:g} nats (the highest is {entropy.max():.4g}); "
+            "lower --min-user-entropy"
+        )
+    return _renumber_items(log, np.bincount(log.items, minlength=log.n_items) > 0)
+
+
+def split(
+    log: EventLog,
+    heldout_fraction: float = 0.025,
+    heldout_range: tuple[int, int] = (3, 500),
+    max_train_events: int | None = None,
+) -> Split:
+    """Hold out the end of each user's sequence.
+
+    Of a user's n events the last ``round(heldout_fraction * n)`` (halves to even), clipped to
+    `heldout_range`, are held out; at least one event stays in the training part. Items are
+    those of the training parts before these are cut to their last `max_train_events` events;
+    held-out events of other items are dropped, so a user may be left without any.
+
+    Parameters
+    ----------
+    log : EventLog
+    heldout_fraction : float
+        In [0, 1].
+    heldout_range : (int, int)
+        Fewest and most held-out events of a user.
+    max_train_events : int, optional
+        Default: no limit. The paper used 5120 for Last.fm.
+
+    Returns
+    -------
+    Split
+        Items are renumbered in their old order, users keep their numbers.
+
+    Raises
+    ------
+    SettingsError
+        A setting is out of range.
+    """
+    low, high = heldout_range
+    if not 0 <= heldout_fraction <= 1:
+        raise SettingsError(f"heldout_fraction is {heldout_fraction}: 0 to 1 was expected")
+    if not 0 <= low <= high:
+        raise SettingsError(f"heldout_range is {low},{high}: 0 <= fewest <= most was expected")
+    if max_train_events is not None and max_train_events < 1:
+        raise SettingsError(f"max_train_events is {max_train_events}: at least 1 was expected")
+    lengths = log.lengths
+    n_heldout = np.clip(np.rint(heldout_fraction * lengths).astype(np.int64), low, high)
+    train, heldout = cut_tail(log, np.clip(n_heldout, 0, np.maximum(lengths - 1, 0)))
+    known = np.bincount(train.items, minlength=log.n_items) > 0
+    heldout = _renumber_items(_select(heldout, known[heldout.items]), known)
+    train = _renumber_items(train, known)
+    if max_train_events is not None:
+        train = cut_tail(train, np.minimum(train.lengths, max_train_events)).heldout
+    return Split(train, heldout)
+
+
+def save(split: Split, directory, stats: dict, replace: bool = False) -> dict:
+    """Write a prepared data set: four Parquet files and ``stats.json``.
+
+    Everything is written to a temporary directory beside `directory`, which then takes the
+    name: no reader ever sees a half-written data set. Same input, same bytes.
+
+    Parameters
+    ----------
+    split : Split
+    directory : path
+        Must not exist, or with `replace` be a prepared data set.
+    stats : dict
+        Entries for ``stats.json`` beside the counts that follow from `split`: `lines_read`,
+        `lines_skipped`, `like` and whatever else should be kept (JSON values).
+    replace : bool
+
+    Returns
+    -------
+    dict
+        The contents of ``stats.json``.
+
+    Raises
+    ------
+    DataError
+        `directory` is taken, or can't be written.
+    """
+    directory = Path(directory)
+    check_destination(directory, replace)
+    stats = {
+        **{"lines_read": None, "lines_skipped": None, "like": "table"},
+        **stats,
+        **_counts(split),
+        "format": FORMAT,
+    }
+    tables = {
+        "train": _event_table(split.train),
+        "heldout": _event_table(split.heldout),
+        "users": _id_table(split.train.user_ids),
+        "items": _id_table(split.train.item_ids),
+    }
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            new, old = work / "new", work / "old"
+            new.mkdir()
+            for name, table in tables.items():
+                _write_parquet(table, new / f"{name}.parquet")
+            text = json.dumps(stats, indent=2, sort_keys=True) + "\n"
+            (new / "stats.json").write_text(text, encoding="utf-8")
+            if directory.exists():
+                os.rename(directory, old)
+            try:
+                os.rename(new, directory)
+            except OSError:
+                if old.exists():
+                    os.rename(old, directory)
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"{directory}: can't write the data set: {error.strerror}") from error
+    return stats
+
+
+def check_destination(directory, replace: bool = False) -> None:
+    """Raise `DataError` unless `save` may write to `directory`."""
+    directory = Path(directory)
+    if not directory.exists():
+        return
+    if not (directory / "stats.json").is_file() or not (directory / "train.parquet").is_file():
+        raise DataError(f"{directory} exists and is no prepared data set: choose another place")
+    if not replace:
+        raise DataError(f"{directory} holds a prepared data set already: --force replaces it")
+
+
+def load(directory) -> Split:
+    """Read a data set that `save` wrote.
+
+    Parameters
+    ----------
+    directory : path
+
+    Returns
+    -------
+    Split
+
+    Raises
+    ------
+    DataError
+        The directory is missing, incomplete or damaged.
+    """
+    directory = Path(directory)
+    stats = load_stats(directory)
+    user_ids = _read_ids(directory / "users.parquet")
+    item_ids = _read_ids(directory / "items.parquet")
+    train = _read_events_table(directory / "train.parquet", user_ids, item_ids)
+    heldout = _read_events_table(directory / "heldout.parquet", user_ids, item_ids)
+    result = Split(train, heldout)
+    for key, value in _counts(result).items():
+        if stats.get(key) != value:
+            raise DataError(
+                f"{directory}: {value} {key} in the files, {stats.get(key)} in stats.json: "
+                "the data set is damaged, prepare it again"
+            )
+    return result
+
+
+def load_stats(directory) -> dict:
+    """Read ``stats.json`` of a prepared data set; raises `DataError` if there is none."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such directory; `crnn-np prepare` makes one")
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{directory} is no whole prepared data set: {', '.join(missing)} missing; "
+            "`crnn-np prepare` makes one"
+        )
+    path = directory / "stats.json"
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}): prepare the data again") from error
+    if not isinstance(stats, dict) or stats.get("format") != FORMAT:
+        raise DataError(f"{path} is not of format {FORMAT}: prepare the data again")
+    return stats
+
+
+class _Rows:
+    """Counts the rows of a file, and keeps the line numbers of malformed ones."""
+
+    def __init__(self):
+        self.header = 0
+        self.left_out = array("q")
+        self.n_delivered = 0
+        self.n_unusable = 0
+        self.last = 0
+        self.hopeless = False
+        self.examples = []
+
+    def wrong_columns(self, row) -> str:
+        """The parser found a line with another number of columns."""
+        self.left_out.append(row.number)
+        self.last = max(self.last, row.number)
+        self._note(row.number, f"{row.actual_columns} columns, not {row.expected_columns}")
+        self.hopeless = len(self.left_out) == row.number - self.header == HOPELESS
+        return "error" if self.hopeless else "skip"
+
+    def delivered(self, usable: dict) -> np.ndarray:
+        """The parser delivered rows; `usable` has a mask for each column. Returns their and."""
+        good = np.logical_and.reduce(list(usable.values()))
+        written = usable["user"] | usable.get("time", usable["item"])
+        if written.any():
+            self.last = max(self.last, self._line(np.flatnonzero(written)[-1]))
+        for row in np.flatnonzero(~good)[:N_EXAMPLES]:
+            faults = [name for name, mask in usable.items() if not mask[row]]
+            self._note(self._line(row), f"no readable {', '.join(faults)}")
+        self.n_unusable += good.size - int(good.sum())
+        self.n_delivered += good.size
+        return good
+
+    def count(self) -> tuple[int, int, list]:
+        """Lines, malformed lines and the first of these, without blank lines at the end."""
+        n_rows = self.n_delivered + len(self.left_out)
+        n_blank = self.header + n_rows - max(self.last, self.header)
+        examples = [example for example in self.examples if example[0] <= self.last]
+        return n_rows - n_blank, self.n_unusable + len(self.left_out) - n_blank, examples
+
+    def _line(self, row: int) -> int:
+        """Line number of a row of the batch that is being delivered."""
+        left_out = np.array(self.left_out, np.int64)
+        line = self.header + self.n_delivered + int(row) + 1
+        return line + int(np.searchsorted(left_out - np.arange(left_out.size), line, side="right"))
+
+    def _note(self, line: int, fault: str) -> None:
+        if len(self.examples) < N_EXAMPLES or line < self.examples[-1][0]:
+            self.examples = sorted([*self.examples, (line, fault)])[:N_EXAMPLES]
+
+
+def _check_lines(source: Path, rows: _Rows, max_malformed: float) -> None:
+    """Raise if there are too few lines or too many malformed ones; warn if there is any."""
+    n_lines, n_malformed, examples = rows.count()
+    if n_lines == 0:
+        raise DataError(f"{source} holds no events")
+    if n_malformed == 0:
+        return
+    shown = "; ".join(f"line {line}: {fault}" for line, fault in examples)
+    if n_malformed == n_lines:
+        which = f"none of the first {n_lines} lines" if rows.hopeless else "no line"
+        raise DataError(
+            f"{source}: {which} can be read as an event ({shown}): is this the format and the "
+            "separator that was meant?"
+        )
+    found = f"{source}: {n_malformed} of {n_lines} lines are malformed ({shown})"
+    if n_malformed > max_malformed * n_lines:
+        raise DataError(f"{found}; more than --max-malformed {max_malformed:g} allows")
+    logger.warning("%s; left out", found)
+
+
+def _peek(source: Path) -> bytes:
+    """Return the first bytes of the text of a file; raise if it can't hold a log."""
+    if source.is_dir():
+        raise DataError(f"{source} is a directory: a log file was expected")
+    if not source.exists():
+        raise DataError(f"{source}: no such file")
+    with _reading(source), ExitStack() as stack:
+        raw, stream = _open(source, stack)
+        head = stream.read(1 << 16)
+    if not head:
+        raise DataError(f"{source} is empty")
+    for magic, name in PACKED.items():
+        if head.startswith(magic):
+            raise DataError(f"{source} is a {name} file: unpack it, or pack it with gzip")
+    if not head.startswith(b"PAR1") and not _is_tar(head) and b"\0" in head:
+        raise DataError(f"{source} holds binary data (or UTF-16): text in UTF-8 was expected")
+    return head
+
+
+def _open(source: Path, stack: ExitStack):
+    """Return the file and the stream of its unpacked bytes."""
+    import pyarrow as pa
+
+    raw = stack.enter_context(open(source, "rb", buffering=0))
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    stream = stack.enter_context(pa.PythonFile(raw, mode="r"))
+    if packed:
+        stream = stack.enter_context(pa.CompressedInputStream(stream, "gzip"))
+    return raw, stream
+
+
+def _open_member(source: Path, stream, stack: ExitStack):
+    """Return the stream of the log in the Last.fm archive."""
+    import pyarrow as pa
+
+    archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK))
+    names = []
+    for member in archive:
+        names.append(member.name)
+        if member.isfile() and Path(member.name).name.startswith(ARCHIVE_MEMBER):
+            return stack.enter_context(pa.PythonFile(archive.extractfile(member), mode="r"))
+    raise DataError(
+        f"{source}: no {ARCHIVE_MEMBER}*.tsv in the archive, which holds {', '.join(names)}"
+    )
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
+
+
+@contextmanager
+def _reading(source: Path):
+    """Turn the errors of reading a file into one `DataError`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, EOFError, tarfile.TarError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if "straddling" in reason:
+            raise DataError(
+                f"{source}: a line is longer than {BLOCK} bytes: is this a text file?"
+            ) from error
+        advice = "" if getattr(error, "errno", None) else ": is it truncated or damaged?"
+        raise DataError(f"{source} can't be read ({reason}){advice}") from error
+
+
+def _text_batches(
+    source: Path,
+    rows: _Rows,
+    n_columns: int,
+    use: tuple,
+    progress,
+    separator: str = "\t",
+    in_archive: bool = False,
+) -> Iterator[list]:
+    """Yield the columns `use` of a text file, in blocks of lines, as binary arrays."""
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    names = [str(column) for column in range(n_columns)]
+    wanted = [names[column] for column in use]
+    quoted = separator != "\t"
+    with _reading(source), ExitStack() as stack:
+        raw, stream = _open(source, stack)
+        size = source.stat().st_size
+        if in_archive:
+            stream = _open_member(source, stream, stack)
+        try:
+            reader = arrow_csv.open_csv(
+                stream,
+                # one thread: the parser numbers malformed lines only then
+                read_options=arrow_csv.ReadOptions(
+                    column_names=names, skip_rows=rows.header, block_size=BLOCK, use_threads=False
+                ),
+                parse_options=arrow_csv.ParseOptions(
+                    delimiter=separator,
+                    quote_char='"' if quoted else False,
+                    newlines_in_values=quoted,
+                    ignore_empty_lines=False,
+                    invalid_row_handler=rows.wrong_columns,
+                ),
+                convert_options=arrow_csv.ConvertOptions(
+                    include_columns=sorted(set(wanted)),
+                    column_types=dict.fromkeys(names, pa.binary()),
+                    strings_can_be_null=False,
+                ),
+            )
+            for batch in stack.enter_context(reader):
+                if progress:
+                    progress(raw.tell(), size)
+                yield [batch.column(name) for name in wanted]
+        except pa.ArrowInvalid as error:
+            if not rows.hopeless and "Empty CSV file" not in str(error):
+                raise
+
+
+def _brightkite_batches(source: Path, rows: _Rows, progress) -> Iterator[tuple]:
+    for user, time, item in _text_batches(source, rows, 5, (0, 1, 4), progress):
+        yield user, item, _seconds(time)
+
+
+def _lastfm_batches(
+    source: Path, in_archive: bool, item: str, paper_items: bool, rows: _Rows, progress
+) -> Iterator[tuple]:
+    use = (0, 1, 2, 3) if item == "artist" else (0, 1, 4, 3, 5)
+    for user, time, ids, *names in _text_batches(
+        source, rows, 6, use, progress, in_archive=in_archive
+    ):
+        yield user, ids if paper_items else _with_names(ids, names), _seconds(time)
+
+
+def _with_names(ids, names: list):
+    """Put ``name:`` and the names where an id is empty; null where the last name is, too."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    empty = pc.equal(pc.binary_length(ids), 0)
+    if not pc.any(empty).as_py():
+        return ids
+    named = pc.binary_join_element_wise(*names, b"\t")
+    named = pc.binary_join_element_wise(pa.scalar(b"name:"), named, b"")
+    named = pc.if_else(pc.equal(pc.binary_length(names[-1]), 0), None, named)
+    return pc.if_else(empty, named, ids)
+
+
+def _table_batches(
+    source: Path, head: bytes, wanted: tuple, separator: str | None, rows: _Rows, progress
+) -> Iterator[tuple]:
+    """Read the header of a text table, then its rows."""
+    line, *more = head.removeprefix(b"\xef\xbb\xbf").splitlines()
+    if not more and len(head) == 1 << 16:
+        raise DataError(f"{source}: no line ends in the first {len(head)} bytes: not a table")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}, line 1: not UTF-8 text: a header was expected") from error
+    headers = {
+        candidate: _header_names(text, candidate)
+        for candidate in ([separator] if separator else SEPARATORS)
+    }
+    fitting = [key for key, names in headers.items() if not _missing(names, wanted)]
+    best = fitting[0] if fitting else max(headers, key=lambda key: len(headers[key]))
+    use = _positions(source, headers[best], wanted, separator)
+    rows.header = 1
+    for user, item, *time in _text_batches(
+        source, rows, len(headers[best]), use, progress, separator=best
+    ):
+        yield user, item, _seconds(time[0]) if time else None
+
+
+def _header_names(line: str, separator: str) -> list[str]:
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    names = next(csv.reader([line], delimiter=separator, quoting=quoting), [])
+    return [name.strip() for name in names]
+
+
+def _missing(names: list[str], wanted: tuple) -> list[str]:
+    return [name for name in wanted if name is not None and name not in names]
+
+
+def _positions(source: Path, names: list[str], wanted: tuple, separator: str | None) -> tuple:
+    """Positions of the columns user, item and, if there is one, time."""
+    for name, option in zip(wanted, ("user", "item", "time"), strict=True):
+        if not _missing(names, (name,)):
+            continue
+        shown = ", ".join(repr(other) for other in names[:20])
+        near = difflib.get_close_matches(name.lower(), [other.lower() for other in names], 1, 0.5)
+        hint = [other for other in names if other.lower() in near][:1]
+        advice = f"; the nearest is {hint[0]!r}: --{option}-column" if hint else ""
+        if separator is not None and len(names) == 1:
+            advice = f"; is {separator!r} the separator?"
+        raise DataError(f"{source}, line 1: no column {name!r} among {shown}{advice}")
+    user, item, time = wanted
+    if time is None and "time" in names:
+        time = "time"
+    return tuple(names.index(name) for name in (user, item, time) if name is not None)
+
+
+def _parquet_batches(source: Path, wanted: tuple, rows: _Rows, progress) -> Iterator[tuple]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _reading(source), pq.ParquetFile(source) as file:
+        schema = file.schema_arrow
+        use = [schema.names[place] for place in _positions(source, schema.names, wanted, None)]
+        for name in use:
+            if pa.types.is_nested(schema.field(name).type):
+                raise DataError(
+                    f"{source}: column {name!r} holds {schema.field(name).type}: one value in "
+                    "each row was expected"
+                )
+        for batch in file.iter_batches(columns=use):
+            user, item, *time = (batch.column(name) for name in use)
+            if progress:
+                progress(rows.n_delivered + len(batch), file.metadata.num_rows)
+            yield _as_text(user), _as_text(item), _seconds(time[0]) if time else None
+
+
+def _as_text(column):
+    import pyarrow as pa
+
+    return column if column.type == pa.binary() else column.cast(pa.string()).cast(pa.binary())
+
+
+def _seconds(column):
+    """Seconds since 1970 (i64) of a column of times; null where one can't be read."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_temporal(kind):
+        return column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+    if pa.types.is_integer(kind):
+        return column.cast(pa.int64())
+    if pa.types.is_floating(kind):
+        return _cast(pc.floor(column), pa.int64())
+    column = _as_text(column)
+    try:
+        return column.cast(pa.string()).cast(pa.timestamp("s", "UTC")).cast(pa.int64())
+    except pa.ArrowInvalid:
+        pass
+    result = pa.nulls(len(column), pa.int64())
+    for pattern, kind in (
+        (NUMBER, pa.float64()),
+        (DAY + CLOCK + ZONE, pa.timestamp("ns", "UTC")),
+        (DAY + f"({CLOCK})?$", pa.timestamp("ns")),
+    ):
+        fits = pc.fill_null(pc.match_substring_regex(column, pattern), False)
+        values = _cast(column.filter(fits).cast(pa.string()), kind)
+        if pa.types.is_floating(kind):
+            values = pc.floor(values)
+        else:
+            values = pc.floor_temporal(values, unit="second").cast(pa.timestamp("s", kind.tz))
+        result = pc.replace_with_mask(result, fits, values.cast(pa.int64()))
+    return result
+
+
+def _cast(column, kind):
+    """Cast, with null where a value can't be: halve until the culprits are alone."""
+    import pyarrow as pa
+
+    try:
+        return column.cast(kind)
+    except pa.ArrowInvalid:
+        if len(column) == 1:
+            return pa.nulls(1, kind)
+        half = len(column) // 2
+        return pa.concat_arrays([_cast(column[:half], kind), _cast(column[half:], kind)])
+
+
+def _collect(batches: Iterator[tuple], rows: _Rows, drop_item: str | None, keep_empty: bool):
+    """Number the users and items of all batches.
+
+    Returns i32[E], i32[E], i64[E] or None, and the ids of users and items.
+    """
+    import pyarrow.compute as pc
+
+    all_users, all_items, all_times = [], [], []
+    for user, item, time in batches:
+        user, item = _encode(user), _encode(item, keep_empty)
+        columns = {"user": user, "item": item} | ({} if time is None else {"time": time})
+        keep = rows.delivered({name: _is_valid(column) for name, column in columns.items()})
+        if drop_item is not None:
+            place = pc.index(item.dictionary, drop_item).as_py()
+            keep &= pc.fill_null(item.indices, -1).to_numpy(zero_copy_only=False) != place
+        if not keep.all():
+            # encoded anew, so that an id of dropped rows only gets no number
+            user = user.filter(keep).dictionary_decode().dictionary_encode()
+            item = item.filter(keep).dictionary_decode().dictionary_encode()
+        all_users.append(user)
+        all_items.append(item)
+        if time is not None:
+            all_times.append(time.to_numpy(zero_copy_only=False)[keep].astype(np.int64))
+    users, user_ids = _unify(all_users)
+    items, item_ids = _unify(all_items)
+    return users, items, np.concatenate(all_times) if all_times else None, user_ids, item_ids
+
+
+def _is_valid(column) -> np.ndarray:
+    return column.is_valid().to_numpy(zero_copy_only=False)
+
+
+def _encode(column, keep_empty: bool = False):
+    """Number the ids of a binary column by first appearance; null where empty or not UTF-8."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    encoded = column.dictionary_encode()
+    try:
+        ids = encoded.dictionary.cast(pa.string())
+    except pa.ArrowInvalid:
+        ids = pa.array([_decoded(value) for value in encoded.dictionary.to_pylist()], pa.string())
+    if not keep_empty:
+        ids = pc.if_else(pc.equal(pc.binary_length(ids), 0), None, ids)
+    if ids.null_count:
+        return ids.take(encoded.indices).dictionary_encode()
+    return pa.DictionaryArray.from_arrays(encoded.indices, ids)
+
+
+def _decoded(value: bytes) -> str | None:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _unify(chunks: list) -> tuple[np.ndarray, np.ndarray]:
+    """Join columns that have a numbering each into one: numbers i32[E] and ids object[N]."""
+    import pyarrow as pa
+
+    if not chunks:
+        return np.zeros(0, np.int32), np.zeros(0, object)
+    chunks = pa.chunked_array(chunks).unify_dictionaries().chunks
+    numbers = np.concatenate([chunk.indices.to_numpy() for chunk in chunks])
+    return numbers, chunks[0].dictionary.to_numpy(zero_copy_only=False)
+
+
+def _in_order(users, items, times, user_ids, item_ids, newest_first: bool) -> EventLog:
+    """Sort events by user and time; those of the same second keep their order."""
+    if newest_first:
+        users, items, times = users[::-1], items[::-1], times[::-1]
+    order = np.lexsort((users,) if times is None else (times, users))
+    counts = np.bincount(users, minlength=len(user_ids))
+    indptr = np.concatenate(([0], np.cumsum(counts)))
+    times = None if times is None else times[order]
+    return EventLog(indptr, items[order], times, user_ids, item_ids)
+
+
+def _numbered_ids(n: int) -> np.ndarray:
+    return np.array([str(index) for index in range(n)], dtype=object)
+
+
+def _select(log: EventLog, keep: np.ndarray) -> EventLog:
+    """Keep the events of a mask; users and items keep their numbers."""
+    kept_before = np.concatenate(([0], np.cumsum(keep)))
+    times = None if log.times is None else log.times[keep]
+    return log._replace(indptr=kept_before[log.indptr], items=log.items[keep], times=times)
+
+
+def _select_users(log: EventLog, keep: np.ndarray) -> EventLog:
+    """Keep the users of a mask and renumber them."""
+    indptr = np.concatenate(([0], np.cumsum(log.lengths[keep])))
+    selected = _select(log, np.repeat(keep, log.lengths))
+    return selected._replace(indptr=indptr, user_ids=log.user_ids[keep])
+
+
+def _renumber_items(log: EventLog, keep: np.ndarray) -> EventLog:
+    """Keep the items of a mask, which must cover all events, and renumber them."""
+    number = np.cumsum(keep, dtype=np.int32) - np.int32(1)
+    return log._replace(items=number[log.items], item_ids=log.item_ids[keep])
+
+
+def _item_entropy(log: EventLog) -> np.ndarray:
+    """Entropy in nats of each user's own distribution of items, f64[U]."""
+    users = np.repeat(np.arange(log.n_users), log.lengths)
+    pairs, counts = np.unique(users * log.n_items + log.items, return_counts=True)
+    users = pairs // log.n_items
+    share = counts / log.lengths[users]
+    return np.bincount(users, weights=-share * np.log(share), minlength=log.n_users)
+
+
+def _counts(split: Split) -> dict:
+    return {
+        "users": split.train.n_users,
+        "items": split.train.n_items,
+        "train_events": split.train.n_events,
+        "heldout_events": split.heldout.n_events,
+        "uniform_nll": float(np.log(split.train.n_items)),
+    }
+
+
+def _event_table(log: EventLog):
+    import pyarrow as pa
+
+    columns = {
+        "user": np.repeat(np.arange(log.n_users, dtype=np.int32), log.lengths),
+        "item": log.items,
+    }
+    if log.times is not None:
+        columns["time"] = log.times
+    return pa.table(columns)
+
+
+def _id_table(ids: np.ndarray):
+    import pyarrow as pa
+
+    return pa.table({"id": pa.array(ids, pa.string())})
+
+
+def _write_parquet(table, path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        use_dictionary=[name for name in table.column_names if name in ("user", "item")],
+        write_page_checksum=True,
+    )
+
+
+def _read_parquet(path: Path, types: dict) -> dict:
+    """Columns of a Parquet file as Arrow arrays, checked against `types` (name: type)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} is damaged ({reason}): prepare the data again") from error
+    found = dict(zip(table.column_names, table.schema.types, strict=True))
+    if any(types.get(name) != kind for name, kind in found.items()) or any(
+        column.null_count for column in table.columns
+    ):
+        raise DataError(f"{path} holds {found}: {types} was expected; prepare the data again")
+    return {name: table.column(name) for name in table.column_names}
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    import pyarrow as pa
+
+    return _read_parquet(path, {"id": pa.string()})["id"].to_numpy()
+
+
+def _read_events_table(path: Path, user_ids: np.ndarray, item_ids: np.ndarray) -> EventLog:
+    import pyarrow as pa
+
+    types = {"user": pa.int32(), "item": pa.int32(), "time": pa.int64()}
+    columns = {
+        name: np.require(column.to_numpy(), requirements=["C", "W"])
+        for name, column in _read_parquet(path, types).items()
+    }
+    if "user" not in columns or "item" not in columns:
+        raise DataError(f"{path} lacks a column of user, item: prepare the data again")
+    users, items = columns["user"], columns["item"]
+    in_range = items.size == 0 or (
+        0 <= users[0]
+        and users[-1] < len(user_ids)
+        and 0 <= items.min() <= items.max() < len(item_ids)
+    )
+    if not in_range or (np.diff(users) < 0).any():
+        raise DataError(f"{path} holds numbers out of range or order: prepare the data again")
+    indptr = np.searchsorted(users, np.arange(len(user_ids) + 1))
+    return EventLog(indptr, items, columns.get("time"), user_ids, item_ids)

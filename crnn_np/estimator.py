@@ -1,0 +1,245 @@
+"""`CollaborativeRNN`: settings and parameters behind fit, evaluate, score, save and load."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from . import backends, evaluation, model, training
+from .data import EventLog
+from .errors import ModelError
+from .presets import Settings, resolve
+
+
+class CollaborativeRNN:
+    """The collaborative recurrent neural network (Ko, Maystre and Grossglauser, 2016).
+
+    Parameters
+    ----------
+    preset : str or None
+        Named settings to start from, "paper" or "authors"; None for the bare defaults.
+    like : str, optional
+        Kind of log, for presets that have settings of their own for it ("lastfm").
+    backend : {"numba", "numpy"}
+        "numpy" is the plain reference.
+    **settings
+        Any field of `Spec` (the model), `Rule` (the optimiser) and `Plan` (windows, batches,
+        epochs, early stopping, seed).
+
+    Attributes
+    ----------
+    settings : Settings
+    params : Params or None
+        W_h real[U or 1, D, G*D], W_in real[I, G*D], W_out real[I, D] once fitted.
+    accumulators : Accumulators or None
+    reports : list of Report
+        One for each epoch of the last fit, without the arrays.
+
+    Raises
+    ------
+    SettingsError
+        There is no such preset, backend or setting, or a value is out of range.
+
+    Examples
+    --------
+    >>> train, heldout = crnn_np.load("data/brightkite")
+    >>> model = CollaborativeRNN(preset="authors", epochs=10).fit(train)
+    >>> model.evaluate(train, heldout)["nll"]
+    """
+
+    def __init__(
+        self,
+        *,
+        preset: str | None = "paper",
+        like: str | None = None,
+        backend: str = "numba",
+        **settings: Any,
+    ) -> None:
+        self.settings: Settings = resolve(preset, like, **settings)
+        backends.check_name(backend)
+        self.backend = backend
+        self.params: model.Params | None = None
+        self.accumulators: model.Accumulators | None = None
+        self.reports: list[training.Report] = []
+        self._epoch = 0
+        self._user_ids = self._item_ids = None
+
+    def __repr__(self) -> str:
+        default = resolve(None).flat()
+        changed = {k: v for k, v in self.settings.flat().items() if v != default[k]}
+        inner = ", ".join(f"{k}={v!r}" for k, v in changed.items())
+        fitted = "not fitted"
+        if self.params is not None:
+            fitted = (
+                f"{len(self._user_ids)} users, {len(self._item_ids)} items, "
+                f"{self._epoch} epochs"
+            )
+        return f"CollaborativeRNN(preset=None, backend={self.backend!r}, {inner})  # {fitted}"
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """All settings, as the constructor takes them; `deep` is accepted and ignored."""
+        return {"preset": None, "backend": self.backend, **self.settings.flat()}
+
+    def set_params(self, **settings: Any) -> "CollaborativeRNN":
+        """Change settings for the next fit; returns self."""
+        changed = CollaborativeRNN(**(self.get_params() | settings))
+        self.settings, self.backend = changed.settings, changed.backend
+        return self
+
+    def epochs(
+        self,
+        train: EventLog,
+        validation: EventLog | None = None,
+        progress: Callable[[int, int, float], None] | None = None,
+    ) -> Iterator[training.Report]:
+        """Fit, epoch by epoch: `training.epochs` with the model kept up to date.
+
+        Parameters
+        ----------
+        train : EventLog
+        validation : EventLog, optional
+            The events after each user's training part; see `training.epochs`.
+        progress : callable, optional
+            Called with (events done, events of the epoch, summed loss).
+        """
+        self.reports, self._epoch = [], 0
+        self._user_ids, self._item_ids = train.user_ids, train.item_ids
+        yield from self._follow(
+            training.epochs(
+                *self.settings,
+                train,
+                validation=validation,
+                backend=self.backend,
+                progress=progress,
+            )
+        )
+
+    def _follow(self, reports: Iterator[training.Report]) -> Iterator[training.Report]:
+        for report in reports:
+            self.params, self.accumulators = report.params, report.accumulators
+            self._epoch = report.epoch
+            self.reports.append(report._replace(params=None, accumulators=None))
+            yield report
+
+    def fit(self, train: EventLog, validation: EventLog | None = None) -> "CollaborativeRNN":
+        """Train from new parameters; returns self.
+
+        Parameters
+        ----------
+        train : EventLog
+        validation : EventLog, optional
+            For early stopping (``patience`` > 0); cut from the end of `train` where not given.
+        """
+        for _ in self.epochs(train, validation):
+            pass
+        return self
+
+    def partial_fit(self, train: EventLog) -> "CollaborativeRNN":
+        """Train one more epoch from where the model stands; returns self."""
+        if self.params is None:
+            self._user_ids, self._item_ids = train.user_ids, train.item_ids
+        self._check_ids(train)
+        spec, rule, plan = self.settings
+        plan = replace(plan, epochs=1, patience=0)
+        for _ in self._follow(
+            training.epochs(
+                spec,
+                rule,
+                plan,
+                train,
+                params=self.params,
+                accumulators=self.accumulators,
+                first_epoch=self._epoch + 1,
+                backend=self.backend,
+            )
+        ):
+            pass
+        return self
+
+    def evaluate(
+        self, train: EventLog, heldout: EventLog, n: int = 20, per_user: bool = False
+    ) -> dict[str, Any]:
+        """Errors on the held-out events after replaying the history (`evaluation.evaluate`).
+
+        Parameters
+        ----------
+        train : EventLog
+            History, the training part.
+        heldout : EventLog
+            Each user's events after it.
+        n : int
+            Cut-off of Recall@n and MRR@n.
+        per_user : bool
+            Add every user's errors.
+
+        Returns
+        -------
+        dict
+            As `evaluation.summarise` says; ``nll`` is Eq. 3 in nats.
+
+        Raises
+        ------
+        ModelError
+            The model is not fitted, or was fitted on other users or items.
+        """
+        if self.params is None:
+            raise ModelError("the model is not fitted: call fit or load first")
+        self._check_ids(train)
+        return evaluation.evaluate(
+            backends.get(self.backend),
+            self.settings.spec,
+            self.params,
+            train,
+            heldout,
+            n,
+            per_user,
+        )
+
+    def score(self, train: EventLog, heldout: EventLog) -> float:
+        """Minus the error of Eq. 3 in nats per event: larger is better."""
+        return -self.evaluate(train, heldout)["nll"]
+
+    def _check_ids(self, log: EventLog) -> None:
+        for what, ours, theirs in (
+            ("users", self._user_ids, log.user_ids),
+            ("items", self._item_ids, log.item_ids),
+        ):
+            if not np.array_equal(ours, theirs):
+                raise ModelError(
+                    f"the model knows {len(ours)} {what} and the data have {len(theirs)}, and they "
+                    "are not the same in the same order; use the data that the model was fitted on"
+                )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the model, its optimiser state, settings and ids to one safetensors file.
+
+        Raises
+        ------
+        ModelError
+            The model is not fitted, or the file cannot be written.
+        """
+        if self.params is None:
+            raise ModelError("the model is not fitted: there is nothing to save")
+        settings = self.get_params() | {"epochs_done": self._epoch}
+        model.save(
+            path, self.params, self.accumulators, settings, self._user_ids, self._item_ids
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "CollaborativeRNN":
+        """Read a model that `save` wrote; training can go on with `partial_fit`.
+
+        Raises
+        ------
+        ModelError
+            There is no such file, or it is not a model of this package.
+        """
+        saved = model.load(path)
+        epochs_done = saved.settings.pop("epochs_done")
+        loaded = cls(**saved.settings)
+        loaded.params, loaded.accumulators = saved.params, saved.accumulators
+        loaded._user_ids, loaded._item_ids = saved.user_ids, saved.item_ids
+        loaded._epoch = epochs_done
+        return loaded

@@ -1,0 +1,274 @@
+"""The model: its settings, parameters and gradients, `gather` and `scatter`, and model files.
+
+`gather` turns item rows into dense activations and `scatter` turns their gradients back into rows:
+a cell sees neither items nor dropout nor the sharing of W_h.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from .cells import CELLS
+from .errors import ModelError
+from .settings import check
+from .windows import INPUT, Window, dropout_keep
+
+Array = np.ndarray
+
+FORMAT = "crnn_np model 1"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Settings of the model.
+
+    Attributes
+    ----------
+    hidden_size : int
+        D, number of hidden units.
+    cell : {"gru", "tanh"}
+        Eqs. 21-24 or 14-15.
+    sharing : {"collaborative", "pooled"}
+        A W_h for every user (C-RNN), or one for all (P-RNN).
+    candidate : {"tanh", "sigmoid"}
+        Nonlinearity of the GRU's candidate: tanh, or sigmoid as in the authors' code.
+    output : {"softmax"}
+        Output layer: the softmax over all items.
+    init_state : float
+        Every unit of the state before a sequence (epsilon in Algorithm 1).
+    dropout_in, dropout_out : float
+        Probability of dropping an element of W_in[x], and of h before the output layer (Zaremba
+        et al., 2014); never on the recurrent path.
+    dtype : {"float32", "float64"}
+        Of all parameters and work arrays.
+    """
+
+    hidden_size: int = 32
+    cell: Literal["gru", "tanh"] = "gru"
+    sharing: Literal["collaborative", "pooled"] = "collaborative"
+    candidate: Literal["tanh", "sigmoid"] = "tanh"
+    output: Literal["softmax"] = "softmax"
+    init_state: float = 0.0
+    dropout_in: float = 0.0
+    dropout_out: float = 0.0
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        dropout = (0, 0.99)
+        bounds = {"hidden_size": (1, 1 << 16), "init_state": (-1, 1)}
+        check(self, **bounds, dropout_in=dropout, dropout_out=dropout)
+
+    @property
+    def cell_kind(self) -> str:
+        """Key in `cells.CELLS`."""
+        return "gru-sigmoid" if (self.cell, self.candidate) == ("gru", "sigmoid") else self.cell
+
+    @property
+    def gates(self) -> int:
+        """G: 3 for the GRU (z, r, candidate), 1 for tanh."""
+        return CELLS[self.cell_kind].gates
+
+
+class Params(NamedTuple):
+    """W_h real[U or 1, D, G*D], W_in real[I, G*D], W_out real[I, D]."""
+
+    W_h: Array
+    W_in: Array
+    W_out: Array
+
+
+class RowGrad(NamedTuple):
+    """A gradient of some rows: rows int32[M], unique in the first `count`; values real[M, ...]."""
+
+    rows: Array
+    values: Array
+    count: int
+
+
+class Grads(NamedTuple):
+    """Gradients of the parameters: rows of W_h and W_in, the whole of W_out."""
+
+    W_h: RowGrad
+    W_in: RowGrad
+    W_out: Array
+
+
+class Accumulators(NamedTuple):
+    """State of RMSprop: mean squares shaped like `Params`, and what the dense row rule needs.
+
+    stamp int64[I] is the step of each row of W_in's last update, step int64[1] the steps so far.
+    """
+
+    W_h: Array
+    W_in: Array
+    W_out: Array
+    stamp: Array
+    step: Array
+
+
+def initialise(spec: Spec, n_users: int, n_items: int, seed: int) -> Params:
+    """Parameters drawn from N(0, 1/D) (Section 2.3); each block has a stream of its own."""
+    D, G = spec.hidden_size, spec.gates
+    matrices = n_users if spec.sharing == "collaborative" else 1
+    shapes = Params((matrices, D, G * D), (n_items, G * D), (n_items, D))
+    blocks = []
+    for name, shape in zip(Params._fields, shapes, strict=True):
+        rng = np.random.default_rng([seed, *name.encode()])
+        values = rng.standard_normal(shape, np.dtype(spec.dtype).type)
+        blocks.append(values / values.dtype.type(np.sqrt(D)))
+    return Params(*blocks)
+
+
+def new_accumulators(params: Params) -> Accumulators:
+    """RMSprop's state before the first step."""
+    squares = (np.zeros_like(block) for block in params)
+    return Accumulators(*squares, np.zeros(len(params.W_in), np.int64), np.zeros(1, np.int64))
+
+
+def _input_keep(spec: Spec, window: Window, key: int) -> Array | None:
+    if not spec.dropout_in:
+        return None
+    width = spec.gates * spec.hidden_size
+    return dropout_keep(key, INPUT, *window.x.shape, width, spec.dropout_in, spec.dtype)
+
+
+def gather(
+    backend: ModuleType, spec: Spec, params: Params, window: Window, key: int
+) -> tuple[Array, Array]:
+    """The rows that a window needs: A = W_in[x] with input dropout, and the users' W_h.
+
+    Returns
+    -------
+    A : real[T, B, G*D]
+    W_h : real[B or 1, D, G*D]
+    """
+    A = backend.take_rows(params.W_in, window.x.ravel()).reshape(*window.x.shape, -1)
+    keep = _input_keep(spec, window, key)
+    A = A if keep is None else A * keep
+    pooled = spec.sharing == "pooled"
+    return A, params.W_h if pooled else backend.take_rows(params.W_h, window.user)
+
+
+def scatter(
+    backend: ModuleType, spec: Spec, window: Window, key: int, dA: Array, dW_h: Array
+) -> tuple[RowGrad, RowGrad]:
+    """Gradients of the rows that the window touched, the inverse of `gather`.
+
+    Rows are touched by every event, with or without a target, and by nothing else.
+
+    Returns
+    -------
+    dW_h, dW_in : RowGrad
+    """
+    keep = _input_keep(spec, window, key)
+    dA = dA if keep is None else dA * keep
+    event = window.event > 0
+    dW_in = backend.sum_rows(window.x[event], dA[event])
+    if spec.sharing == "pooled":
+        return RowGrad(np.zeros(1, np.int32), dW_h, int(event.any())), dW_in
+    users = event.any(axis=0)
+    return backend.sum_rows(window.user[users], dW_h[users]), dW_in
+
+
+def _pack(ids: Array) -> tuple[Array, Array]:
+    encoded = [str(i).encode() for i in ids]
+    ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def _unpack(text: Array, ends: Array) -> Array:
+    whole = text.tobytes()
+    starts = np.concatenate([[0], ends[:-1]])
+    parts = (whole[a:b].decode() for a, b in zip(starts, ends, strict=True))
+    return np.array(list(parts), dtype=object)
+
+
+def save(
+    path: str | os.PathLike,
+    params: Params,
+    acc: Accumulators | None,
+    settings: dict[str, Any],
+    user_ids: Array,
+    item_ids: Array,
+) -> None:
+    """Write one safetensors file: parameters, accumulators, settings and original ids.
+
+    It is written beside `path` and renamed, so that a file is never half written.
+
+    Raises
+    ------
+    ModelError
+        The folder does not exist or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    arrays = {f"params.{k}": v for k, v in params._asdict().items()}
+    if acc is not None:
+        arrays |= {f"accumulators.{k}": v for k, v in acc._asdict().items()}
+    for name, ids in (("user_ids", user_ids), ("item_ids", item_ids)):
+        arrays[f"{name}.utf8"], arrays[f"{name}.ends"] = _pack(ids)
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    metadata = {"format": FORMAT, "settings": json.dumps(settings, sort_keys=True)}
+    try:
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata)
+        part.replace(path)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        raise ModelError(
+            f"{path}: the model could not be written ({error}); "
+            "choose a file name in an existing folder with enough space"
+        ) from error
+
+
+class Saved(NamedTuple):
+    """What a model file holds."""
+
+    params: Params
+    accumulators: Accumulators | None
+    settings: dict[str, Any]
+    user_ids: Array
+    item_ids: Array
+
+
+def load(path: str | os.PathLike) -> Saved:
+    """Read a file that `save` wrote.
+
+    Raises
+    ------
+    ModelError
+        There is no such file, or it is not a model of this package.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such model file; `crnn-np train` writes one")
+    try:
+        with safe_open(path, "numpy") as f:
+            metadata = f.metadata() or {}
+            arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelError(f"{path}: not a safetensors file or cut short ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ModelError(
+            f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; "
+            "was it written by another program or version?"
+        )
+    try:
+        params = Params(*(arrays[f"params.{k}"] for k in Params._fields))
+        acc = None
+        if "accumulators.step" in arrays:
+            acc = Accumulators(*(arrays[f"accumulators.{k}"] for k in Accumulators._fields))
+        ids = (
+            _unpack(arrays[f"{name}.utf8"], arrays[f"{name}.ends"])
+            for name in ("user_ids", "item_ids")
+        )
+        return Saved(params, acc, json.loads(metadata["settings"]), *ids)
+    except KeyError as error:
+        raise ModelError(f"{path}: the model file has no {error}") from error

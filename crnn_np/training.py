@@ -1,0 +1,344 @@
+"""Training: `step` is the whole algorithm on one window, `epochs` a generator of reports."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import backends
+from .data import EventLog, Split, concatenate, cut_tail
+from .errors import TrainingError
+from .evaluation import evaluate
+from .model import Accumulators, Grads, Params, Spec, gather, initialise, new_accumulators, scatter
+from .optim import Rule
+from .windows import OUTPUT, Plan, Slice, Window, dropout_keep, epoch_slices
+
+Array = np.ndarray
+
+log_ = logging.getLogger(__name__)
+
+RUN_SECONDS = 0.5  # a run of windows between two calls of `progress` takes about this long
+
+
+class Report(NamedTuple):
+    """What `epochs` yields at the end of an epoch.
+
+    Attributes
+    ----------
+    phase : {"train", "choose", "refit", "keep"}
+        "choose" looks for the number of epochs on the validation part, "refit" trains anew on the
+        whole training part, "keep" closes a run that keeps its best epoch, "train" does neither.
+    epoch : int
+        Counted from 1 in each phase.
+    epochs : int
+        The most epochs this phase can have.
+    loss : float
+        Mean training loss in nats per event, dropout applied, weights moving.
+    events : int
+        Events that were predicted in the epoch.
+    seconds : float
+        Training only, without the validation.
+    validation : dict or None
+        `evaluation.evaluate` on the validation part.
+    best_epoch : int or None
+        Epoch with the lowest validation error (Eq. 3) so far.
+    params, accumulators
+        The live arrays; the last report's are the result.
+    """
+
+    phase: str
+    epoch: int
+    epochs: int
+    loss: float
+    events: int
+    seconds: float
+    validation: dict[str, Any] | None
+    best_epoch: int | None
+    params: Params
+    accumulators: Accumulators
+
+
+def gradients(
+    backend: ModuleType,
+    spec: Spec,
+    params: Params,
+    s0: Array,
+    window: Window,
+    key: int,
+    scale: float,
+) -> tuple[float, Grads, Array, Array, Array]:
+    """Loss of one window and the gradient of every block, by hand (Appendix A).
+
+    Parameters
+    ----------
+    s0 : real[S, B, D]
+        State before the window.
+    key : uint64
+        Of the dropout masks.
+    scale : float
+        Factor on the gradients; the loss stays the sum in nats.
+
+    Returns
+    -------
+    loss, Grads, ds0 real[S, B, D], dA real[T, B, G*D], s_T real[S, B, D]
+    """
+    A, W_h = gather(backend, spec, params, window, key)
+    states, cache = backend.cell_forward(
+        spec.cell_kind, s0, spec.init_state, A, W_h, window.event, window.carry
+    )
+    H = states[1:, 0]
+    if spec.dropout_out:
+        keep = dropout_keep(key, OUTPUT, *H.shape, spec.dropout_out, spec.dtype)
+        H = H * keep
+    cells = window.target > 0
+    loss, dH_cells, dW_out = backend.output(spec.output, H[cells], params.W_out, window.y[cells])
+    dH = np.zeros_like(H)
+    dH[cells] = dH_cells * scale
+    if spec.dropout_out:
+        dH *= keep
+    ds0, dA, dW_h = backend.cell_backward(
+        spec.cell_kind, dH, states, cache, spec.init_state, W_h, window.event, window.carry
+    )
+    dW_h_rows, dW_in = scatter(backend, spec, window, key, dA, dW_h)
+    return loss, Grads(dW_h_rows, dW_in, dW_out * scale), ds0, dA, states[-1]
+
+
+def _clipped(grads: Grads, limit: float) -> Grads:
+    """All blocks scaled so that their common norm is at most `limit` (Pascanu et al., 2013)."""
+    blocks = (grads.W_h.values[: grads.W_h.count], grads.W_in.values[: grads.W_in.count])
+    norm = np.sqrt(sum(np.sum(b * b, dtype=np.float64) for b in (*blocks, grads.W_out)))
+    if norm <= limit:
+        return grads
+    factor = limit / norm
+    W_h, W_in = (g._replace(values=g.values * factor) for g in (grads.W_h, grads.W_in))
+    return Grads(W_h, W_in, grads.W_out * factor)
+
+
+def step(
+    backend: ModuleType,
+    spec: Spec,
+    rule: Rule,
+    params: Params,
+    accumulators: Accumulators,
+    s0: Array,
+    window: Window,
+    key: int,
+    scale: float,
+) -> tuple[float, int, Array]:
+    """One window of Algorithm 1: forward, backward, update. Writes to params and accumulators.
+
+    Returns
+    -------
+    loss : float
+        Summed over the window, in nats.
+    events : int
+        Cells that counted in it.
+    s_T : real[S, B, D]
+        State after the window.
+    """
+    loss, grads, _, _, s_T = gradients(backend, spec, params, s0, window, key, scale)
+    if rule.clip:
+        grads = _clipped(grads, rule.clip)
+    accumulators.step[0] += 1
+    n = int(accumulators.step[0])
+    stamp = accumulators.stamp if rule.W_in_rows == "dense" else None
+    backend.update(rule, params.W_h, accumulators.W_h, None, n, grads.W_h)
+    backend.update(rule, params.W_in, accumulators.W_in, stamp, n, grads.W_in)
+    backend.update(rule, params.W_out, accumulators.W_out, None, n, grads.W_out)
+    return float(loss), int(np.count_nonzero(window.target)), s_T
+
+
+def train_run(
+    backend: ModuleType,
+    spec: Spec,
+    rule: Rule,
+    scale: float,
+    params: Params,
+    accumulators: Accumulators,
+    s: Array,
+    log: EventLog,
+    run: Slice,
+    work: Any,
+) -> tuple[float, int]:
+    """Train on a run of windows, the loop over `step` or the backend's fused form of it.
+
+    Parameters
+    ----------
+    s : real[S, B, D]
+        State before the run, overwritten with the state after it.
+    run : Slice
+        With an axis of K windows.
+    work
+        `workspace` of the backend.
+
+    Returns
+    -------
+    loss, events : summed over the run
+    """
+    if hasattr(backend, "train_run") and not rule.clip:
+        return backend.train_run(
+            spec, rule, scale, params, accumulators, s, log, run, work
+        )
+    loss, events = 0.0, 0
+    for k in range(run.key.size):
+        piece = run.one(k)
+        window = backend.window(log, piece, spec.dtype)
+        window_loss, n, s_T = step(
+            backend, spec, rule, params, accumulators, s, window, piece.key, scale
+        )
+        s[...] = s_T
+        loss, events = loss + window_loss, events + n
+    return loss, events
+
+
+def validation_lengths(plan: Plan, lengths: Array) -> Array:
+    """int64[U]: length of each user's validation part; at least one training event stays."""
+    share = plan.validation_fraction / (1 - plan.validation_fraction)
+    shortest, longest = plan.validation_range
+    n = np.clip(np.rint(share * lengths), shortest, longest).astype(np.int64)
+    return np.clip(n, 0, np.maximum(lengths - 1, 0))
+
+
+def _train_epoch(
+    backend: ModuleType,
+    spec: Spec,
+    rule: Rule,
+    plan: Plan,
+    params: Params,
+    acc: Accumulators,
+    log: EventLog,
+    epoch: int,
+    work: Any,
+    progress: Callable[[int, int, float], None] | None,
+) -> tuple[float, int]:
+    """One pass over all users; the mean loss per event and the number of events."""
+    run = epoch_slices(plan, log.lengths, epoch)
+    total = int(np.maximum(log.lengths - 1, 0).sum())
+    s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+    loss, events, done, size = 0.0, 0, 0, 4
+    while done < run.key.size:
+        began = time.perf_counter()
+        part = run.part(done, done + size)
+        part_loss, part_events = train_run(
+            backend, spec, rule, plan.scale, params, acc, s, log, part, work
+        )
+        if not np.isfinite(part_loss):
+            raise TrainingError(
+                f"epoch {epoch}, windows {done + 1} to {done + part.key.size}: the loss is "
+                f"{part_loss}, a finite number was expected; lower learning_rate or set clip"
+            )
+        loss, events, done = loss + part_loss, events + part_events, done + part.key.size
+        if progress:
+            progress(events, total, loss)
+        pace = size * RUN_SECONDS / max(time.perf_counter() - began, 1e-9)
+        size = int(np.clip(pace, max(size // 4, 1), size * 4))
+    return loss / max(events, 1), events
+
+
+def epochs(
+    spec: Spec,
+    rule: Rule,
+    plan: Plan,
+    log: EventLog,
+    *,
+    validation: EventLog | None = None,
+    params: Params | None = None,
+    accumulators: Accumulators | None = None,
+    first_epoch: int = 1,
+    backend: str = "numba",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Iterator[Report]:
+    """Train (Algorithm 2) and report after each epoch.
+
+    With ``plan.patience`` > 0 the error of Eq. 3 on the validation part is taken after each epoch,
+    and training stops when it has not fallen below its lowest value for that many epochs. Then,
+    with ``plan.refit``, the model is trained anew on the whole training part for the number of
+    epochs that was best; otherwise the parameters of the best epoch are the result. The last
+    report holds the result.
+
+    Parameters
+    ----------
+    log : EventLog
+        Training part.
+    validation : EventLog, optional
+        The events that follow each user's training part; cut from its end where not given. It
+        belongs to the whole training part when refitting.
+    params, accumulators : optional
+        Go on from these, in place; freshly initialised where not given. Not with early stopping.
+    first_epoch : int
+        Number of the first epoch; the order of users and the dropout masks depend on it.
+    progress : callable, optional
+        Called about twice a second with (events done, events of the epoch, summed loss).
+
+    Raises
+    ------
+    TrainingError
+        The loss became infinite or NaN.
+    """
+    module = backends.get(backend)
+    work = None
+    if hasattr(module, "workspace"):
+        work = module.workspace(spec, log.n_items, plan.batch, plan.window)
+
+    def start() -> tuple[Params, Accumulators]:
+        new = initialise(spec, log.n_users, log.n_items, plan.seed)
+        return new, new_accumulators(new)
+
+    def train(phase: str, part: EventLog, params: Params, acc: Accumulators, first: int, last: int):
+        for epoch in range(first, last + 1):
+            began = time.perf_counter()
+            loss, events = _train_epoch(
+                module, spec, rule, plan, params, acc, part, epoch, work, progress
+            )
+            seconds = time.perf_counter() - began
+            yield Report(phase, epoch, last, loss, events, seconds, None, None, params, acc)
+
+    if not plan.patience:
+        if params is None:
+            params, accumulators = start()
+        elif accumulators is None:
+            accumulators = new_accumulators(params)
+        last = first_epoch + plan.epochs - 1
+        yield from train("train", log, params, accumulators, first_epoch, last)
+        return
+
+    if validation is None:
+        part, validation = cut_tail(log, validation_lengths(plan, log.lengths))
+        whole = log
+    else:
+        part, whole = log, concatenate(log, validation)
+    best, best_epoch = np.inf, 0
+    with tempfile.TemporaryDirectory(prefix="crnn_np-") as folder:
+        kept = Path(folder) / "best.npz"
+        for report in train("choose", part, *start(), 1, plan.epochs):
+            scores = evaluate(module, spec, report.params, part, validation)
+            if scores["nll"] < best:
+                best, best_epoch = scores["nll"], report.epoch
+                if not plan.refit:
+                    blocks = (*report.params, *report.accumulators)
+                    np.savez(kept, *blocks)
+                    best_report = report._replace(validation=scores, best_epoch=best_epoch)
+            yield report._replace(validation=scores, best_epoch=best_epoch)
+            if report.epoch - best_epoch >= plan.patience:
+                break
+        if not best_epoch:
+            raise TrainingError(
+                f"the validation error was {scores['nll']} after every epoch, a finite number "
+                "was expected; lower learning_rate or set clip"
+            )
+        log_.info("lowest validation error %.4f after epoch %d", best, best_epoch)
+        if plan.refit:
+            for report in train("refit", whole, *start(), 1, best_epoch):
+                yield report._replace(best_epoch=best_epoch)
+        else:
+            with np.load(kept) as file:
+                blocks = [file[name] for name in file.files]
+            n = len(Params._fields)
+            yield best_report._replace(
+                phase="keep", params=Params(*blocks[:n]), accumulators=Accumulators(*blocks[n:])
+            )
