@@ -31,7 +31,7 @@ _HOMES = {
     "split": "data",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ A raw file becomes an `EventLog` (`read_events`), loses rare items and uninforma
 (`filter_events`), is cut in two parts in time (`split`) and stored (`save`, `load`).
 """
 
+import codecs
 import csv
 import difflib
 import json
@@ -13,14 +14,14 @@ import shutil
 import tarfile
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from crnn_np.errors import DataError, SettingsError
+from .errors import DataError, SettingsError
 
 FORMAT = 1
 FILES = ("train.parquet", "heldout.parquet", "users.parquet", "items.parquet", "stats.json")
@@ -35,6 +36,8 @@ NUMBER = r"^-?\d{1,15}(\.\d*)?$"
 DAY = r"^\d{4}-\d\d-\d\d"
 CLOCK = r"[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?"
 ZONE = r"(Z|[+-]\d\d:?\d\d)$"
+
+Progress = Callable[[int, int], object] | None
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +103,10 @@ class Reading(NamedTuple):
     log: EventLog
     n_lines: int
     n_malformed: int
-    malformed: list
+    malformed: list[tuple[int, str]]
 
 
-def read_events(source, like: str = "table", **options) -> EventLog:
+def read_events(source: str | os.PathLike, like: str = "table", **options) -> EventLog:
     """Read a raw log.
 
     Parameters
@@ -134,7 +137,7 @@ def read_events(source, like: str = "table", **options) -> EventLog:
 
 
 def read_counted(
-    source,
+    source: str | os.PathLike,
     like: str = "table",
     *,
     item: str = "artist",
@@ -145,7 +148,7 @@ def read_counted(
     time_column: str | None = None,
     separator: str | None = None,
     max_malformed: float = 0.01,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress = None,
 ) -> Reading:
     """Read a raw log, as `read_events`, and say what was left out.
 
@@ -195,28 +198,31 @@ def read_counted(
         raise SettingsError("paper_items is a rule for artists: leave it out with item = track")
     if like != "brightkite" and drop_null_place:
         raise SettingsError(f"drop_null_place is for brightkite logs, not for {like}")
-    if separator is not None and len(separator.encode()) != 1:
+    if separator is not None and (len(separator.encode()) != 1 or separator in '"\r\n'):
         raise SettingsError(f"separator is {separator!r}: a single character was expected")
     if not 0 <= max_malformed <= 1:
         raise SettingsError(f"max_malformed is {max_malformed}: 0 to 1 was expected")
     rows = _Rows()
     head = _peek(source)
+    if _is_tar(head) and like != "lastfm":
+        raise DataError(f"{source} is a tar archive: unpack it")
     wanted = (user_column, item_column, time_column)
     if like == "table" and head.startswith(b"PAR1"):
         batches = _parquet_batches(source, wanted, rows, progress)
     elif like == "table":
         batches = _table_batches(source, head, wanted, separator, rows, progress)
     elif like == "brightkite":
-        batches = _brightkite_batches(source, rows, progress)
+        batches = _brightkite_batches(source, head, rows, progress)
     else:
-        batches = _lastfm_batches(source, _is_tar(head), item, paper_items, rows, progress)
-    drop_item = NULL_PLACE if drop_null_place else None
-    columns = _collect(batches, rows, drop_item, keep_empty=paper_items)
+        batches = _lastfm_batches(source, head, item, paper_items, rows, progress)
+    columns = _collect(batches, rows, NULL_PLACE if drop_null_place else None)
     _check_lines(source, rows, max_malformed)
     return Reading(_in_order(*columns, newest_first=like != "table"), *rows.count())
 
 
-def from_sequences(sequences, n_items: int | None = None) -> EventLog:
+def from_sequences(
+    sequences: Iterable[Sequence[int] | np.ndarray], n_items: int | None = None
+) -> EventLog:
     """Make a log of sequences of item numbers, one sequence per user.
 
     Parameters
@@ -256,7 +262,7 @@ def from_sequences(sequences, n_items: int | None = None) -> EventLog:
     )
 
 
-def cut_tail(log: EventLog, lengths) -> Split:
+def cut_tail(log: EventLog, lengths: Sequence[int] | np.ndarray) -> Split:
     """Cut the last ``lengths[u]`` events of each user off as the held-out part.
 
     Parameters
@@ -431,7 +437,7 @@ def split(
     return Split(train, heldout)
 
 
-def save(split: Split, directory, stats: dict, replace: bool = False) -> dict:
+def save(split: Split, directory: str | os.PathLike, stats: dict, replace: bool = False) -> dict:
     """Write a prepared data set: four Parquet files and ``stats.json``.
 
     Everything is written to a temporary directory beside `directory`, which then takes the
@@ -492,11 +498,13 @@ def save(split: Split, directory, stats: dict, replace: bool = False) -> dict:
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"{directory}: can't write the data set: {error.strerror}") from error
+        raise DataError(
+            f"{directory}: can't write the data set: {error.strerror or error}"
+        ) from error
     return stats
 
 
-def check_destination(directory, replace: bool = False) -> None:
+def check_destination(directory: str | os.PathLike, replace: bool = False) -> None:
     """Raise `DataError` unless `save` may write to `directory`."""
     directory = Path(directory)
     if not directory.exists():
@@ -507,7 +515,7 @@ def check_destination(directory, replace: bool = False) -> None:
         raise DataError(f"{directory} holds a prepared data set already: --force replaces it")
 
 
-def load(directory) -> Split:
+def load(directory: str | os.PathLike) -> Split:
     """Read a data set that `save` wrote.
 
     Parameters
@@ -539,7 +547,7 @@ def load(directory) -> Split:
     return result
 
 
-def load_stats(directory) -> dict:
+def load_stats(directory: str | os.PathLike) -> dict:
     """Read ``stats.json`` of a prepared data set; raises `DataError` if there is none."""
     directory = Path(directory)
     if not directory.is_dir():
@@ -565,45 +573,51 @@ class _Rows:
 
     def __init__(self):
         self.header = 0
-        self.left_out = array("q")
+        self.left_out = array("q")  # lines
         self.n_delivered = 0
         self.n_unusable = 0
-        self.last = 0
+        self.last_written = None  # among the delivered rows
         self.hopeless = False
         self.examples = []
 
     def wrong_columns(self, row) -> str:
         """The parser found a line with another number of columns."""
         self.left_out.append(row.number)
-        self.last = max(self.last, row.number)
         self._note(row.number, f"{row.actual_columns} columns, not {row.expected_columns}")
         self.hopeless = len(self.left_out) == row.number - self.header == HOPELESS
         return "error" if self.hopeless else "skip"
 
-    def delivered(self, usable: dict) -> np.ndarray:
+    def delivered(self, usable: dict[str, np.ndarray]) -> np.ndarray:
         """The parser delivered rows; `usable` has a mask for each column. Returns their and."""
         good = np.logical_and.reduce(list(usable.values()))
-        written = usable["user"] | usable.get("time", usable["item"])
-        if written.any():
-            self.last = max(self.last, self._line(np.flatnonzero(written)[-1]))
-        for row in np.flatnonzero(~good)[:N_EXAMPLES]:
-            faults = [name for name, mask in usable.items() if not mask[row]]
-            self._note(self._line(row), f"no readable {', '.join(faults)}")
+        written = np.flatnonzero(usable["user"] | usable.get("time", usable["item"]))
+        if written.size:
+            self.last_written = self.n_delivered + int(written[-1])
+        if self.n_unusable < N_EXAMPLES:
+            for row in np.flatnonzero(~good)[:N_EXAMPLES]:
+                faults = [name for name, mask in usable.items() if not mask[row]]
+                line = self._line(self.n_delivered + int(row))
+                self._note(line, f"no readable {', '.join(faults)}")
         self.n_unusable += good.size - int(good.sum())
         self.n_delivered += good.size
         return good
 
     def count(self) -> tuple[int, int, list]:
         """Lines, malformed lines and the first of these, without blank lines at the end."""
+        last = self.header
+        if self.left_out:
+            last = self.left_out[-1]
+        if self.last_written is not None:
+            last = max(last, self._line(self.last_written))
         n_rows = self.n_delivered + len(self.left_out)
-        n_blank = self.header + n_rows - max(self.last, self.header)
-        examples = [example for example in self.examples if example[0] <= self.last]
+        n_blank = self.header + n_rows - last
+        examples = [example for example in self.examples if example[0] <= last]
         return n_rows - n_blank, self.n_unusable + len(self.left_out) - n_blank, examples
 
     def _line(self, row: int) -> int:
-        """Line number of a row of the batch that is being delivered."""
+        """Line number of a delivered row."""
         left_out = np.array(self.left_out, np.int64)
-        line = self.header + self.n_delivered + int(row) + 1
+        line = self.header + row + 1
         return line + int(np.searchsorted(left_out - np.arange(left_out.size), line, side="right"))
 
     def _note(self, line: int, fault: str) -> None:
@@ -701,14 +715,18 @@ def _reading(source: Path):
 
 def _text_batches(
     source: Path,
+    head: bytes,
     rows: _Rows,
     n_columns: int,
     use: tuple,
-    progress,
+    progress: Progress,
     separator: str = "\t",
-    in_archive: bool = False,
 ) -> Iterator[list]:
-    """Yield the columns `use` of a text file, in blocks of lines, as binary arrays."""
+    """Yield the columns `use` of a text file, in blocks of lines, as binary arrays.
+
+    They hold the file's bytes taken for Latin-1, because the parser gives up at a malformed line
+    that is not UTF-8; `_ids` undoes it.
+    """
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
@@ -718,14 +736,20 @@ def _text_batches(
     with _reading(source), ExitStack() as stack:
         raw, stream = _open(source, stack)
         size = source.stat().st_size
-        if in_archive:
+        if _is_tar(head):
             stream = _open_member(source, stream, stack)
+        if head.startswith(codecs.BOM_UTF8):
+            stream.read(len(codecs.BOM_UTF8))
         try:
             reader = arrow_csv.open_csv(
                 stream,
                 # one thread: the parser numbers malformed lines only then
                 read_options=arrow_csv.ReadOptions(
-                    column_names=names, skip_rows=rows.header, block_size=BLOCK, use_threads=False
+                    column_names=names,
+                    skip_rows=rows.header,
+                    block_size=BLOCK,
+                    use_threads=False,
+                    encoding="latin-1",
                 ),
                 parse_options=arrow_csv.ParseOptions(
                     delimiter=separator,
@@ -749,19 +773,21 @@ def _text_batches(
                 raise
 
 
-def _brightkite_batches(source: Path, rows: _Rows, progress) -> Iterator[tuple]:
-    for user, time, item in _text_batches(source, rows, 5, (0, 1, 4), progress):
-        yield user, item, _seconds(time)
+def _brightkite_batches(
+    source: Path, head: bytes, rows: _Rows, progress: Progress
+) -> Iterator[tuple]:
+    for user, time, item in _text_batches(source, head, rows, 5, (0, 1, 4), progress):
+        yield _ids(user), _ids(item), _seconds(time)
 
 
 def _lastfm_batches(
-    source: Path, in_archive: bool, item: str, paper_items: bool, rows: _Rows, progress
+    source: Path, head: bytes, item: str, paper_items: bool, rows: _Rows, progress: Progress
 ) -> Iterator[tuple]:
     use = (0, 1, 2, 3) if item == "artist" else (0, 1, 4, 3, 5)
-    for user, time, ids, *names in _text_batches(
-        source, rows, 6, use, progress, in_archive=in_archive
-    ):
-        yield user, ids if paper_items else _with_names(ids, names), _seconds(time)
+    for user, time, ids, *names in _text_batches(source, head, rows, 6, use, progress):
+        if not paper_items:
+            ids = _with_names(ids, names)
+        yield _ids(user), _ids(ids, keep_empty=paper_items), _seconds(time)
 
 
 def _with_names(ids, names: list):
@@ -779,10 +805,15 @@ def _with_names(ids, names: list):
 
 
 def _table_batches(
-    source: Path, head: bytes, wanted: tuple, separator: str | None, rows: _Rows, progress
+    source: Path,
+    head: bytes,
+    wanted: tuple,
+    separator: str | None,
+    rows: _Rows,
+    progress: Progress,
 ) -> Iterator[tuple]:
     """Read the header of a text table, then its rows."""
-    line, *more = head.removeprefix(b"\xef\xbb\xbf").splitlines()
+    line, *more = head.removeprefix(codecs.BOM_UTF8).splitlines()
     if not more and len(head) == 1 << 16:
         raise DataError(f"{source}: no line ends in the first {len(head)} bytes: not a table")
     try:
@@ -798,9 +829,9 @@ def _table_batches(
     use = _positions(source, headers[best], wanted, separator)
     rows.header = 1
     for user, item, *time in _text_batches(
-        source, rows, len(headers[best]), use, progress, separator=best
+        source, head, rows, len(headers[best]), use, progress, separator=best
     ):
-        yield user, item, _seconds(time[0]) if time else None
+        yield _ids(user), _ids(item), _seconds(time[0]) if time else None
 
 
 def _header_names(line: str, separator: str) -> list[str]:
@@ -831,7 +862,9 @@ def _positions(source: Path, names: list[str], wanted: tuple, separator: str | N
     return tuple(names.index(name) for name in (user, item, time) if name is not None)
 
 
-def _parquet_batches(source: Path, wanted: tuple, rows: _Rows, progress) -> Iterator[tuple]:
+def _parquet_batches(
+    source: Path, wanted: tuple, rows: _Rows, progress: Progress
+) -> Iterator[tuple]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -848,13 +881,12 @@ def _parquet_batches(source: Path, wanted: tuple, rows: _Rows, progress) -> Iter
             user, item, *time = (batch.column(name) for name in use)
             if progress:
                 progress(rows.n_delivered + len(batch), file.metadata.num_rows)
-            yield _as_text(user), _as_text(item), _seconds(time[0]) if time else None
-
-
-def _as_text(column):
-    import pyarrow as pa
-
-    return column if column.type == pa.binary() else column.cast(pa.string()).cast(pa.binary())
+            user, item = (column.cast(pa.string()).dictionary_encode() for column in (user, item))
+            yield (
+                _numbered(user.indices, user.dictionary),
+                _numbered(item.indices, item.dictionary),
+                _seconds(time[0]) if time else None,
+            )
 
 
 def _seconds(column):
@@ -869,9 +901,9 @@ def _seconds(column):
         return column.cast(pa.int64())
     if pa.types.is_floating(kind):
         return _cast(pc.floor(column), pa.int64())
-    column = _as_text(column)
+    column = column.cast(pa.string())
     try:
-        return column.cast(pa.string()).cast(pa.timestamp("s", "UTC")).cast(pa.int64())
+        return column.cast(pa.timestamp("s", "UTC")).cast(pa.int64())
     except pa.ArrowInvalid:
         pass
     result = pa.nulls(len(column), pa.int64())
@@ -881,7 +913,7 @@ def _seconds(column):
         (DAY + f"({CLOCK})?$", pa.timestamp("ns")),
     ):
         fits = pc.fill_null(pc.match_substring_regex(column, pattern), False)
-        values = _cast(column.filter(fits).cast(pa.string()), kind)
+        values = _cast(column.filter(fits), kind)
         if pa.types.is_floating(kind):
             values = pc.floor(values)
         else:
@@ -903,16 +935,16 @@ def _cast(column, kind):
         return pa.concat_arrays([_cast(column[:half], kind), _cast(column[half:], kind)])
 
 
-def _collect(batches: Iterator[tuple], rows: _Rows, drop_item: str | None, keep_empty: bool):
-    """Number the users and items of all batches.
+def _collect(batches: Iterator[tuple], rows: _Rows, drop_item: str | None) -> tuple:
+    """Join batches (users, items, times): leave out rows with a null, number users and items.
 
     Returns i32[E], i32[E], i64[E] or None, and the ids of users and items.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     all_users, all_items, all_times = [], [], []
     for user, item, time in batches:
-        user, item = _encode(user), _encode(item, keep_empty)
         columns = {"user": user, "item": item} | ({} if time is None else {"time": time})
         keep = rows.delivered({name: _is_valid(column) for name, column in columns.items()})
         if drop_item is not None:
@@ -920,12 +952,13 @@ def _collect(batches: Iterator[tuple], rows: _Rows, drop_item: str | None, keep_
             keep &= pc.fill_null(item.indices, -1).to_numpy(zero_copy_only=False) != place
         if not keep.all():
             # encoded anew, so that an id of dropped rows only gets no number
-            user = user.filter(keep).dictionary_decode().dictionary_encode()
-            item = item.filter(keep).dictionary_decode().dictionary_encode()
+            mask = pa.array(keep)
+            user = user.filter(mask).dictionary_decode().dictionary_encode()
+            item = item.filter(mask).dictionary_decode().dictionary_encode()
         all_users.append(user)
         all_items.append(item)
         if time is not None:
-            all_times.append(time.to_numpy(zero_copy_only=False)[keep].astype(np.int64))
+            all_times.append(pc.fill_null(time, 0).to_numpy()[keep])
     users, user_ids = _unify(all_users)
     items, item_ids = _unify(all_items)
     return users, items, np.concatenate(all_times) if all_times else None, user_ids, item_ids
@@ -935,28 +968,37 @@ def _is_valid(column) -> np.ndarray:
     return column.is_valid().to_numpy(zero_copy_only=False)
 
 
-def _encode(column, keep_empty: bool = False):
-    """Number the ids of a binary column by first appearance; null where empty or not UTF-8."""
+def _ids(column, keep_empty: bool = False):
+    """Number the ids of a column of a text file by first appearance; null where unreadable."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     encoded = column.dictionary_encode()
+    ids = encoded.dictionary.cast(pa.string())
+    other = pc.invert(pc.string_is_ascii(ids))
+    if pc.any(other).as_py():
+        texts = [_utf8(text) for text in ids.filter(other).to_pylist()]
+        ids = pc.replace_with_mask(ids, other, pa.array(texts, pa.string()))
+    return _numbered(encoded.indices, ids, keep_empty)
+
+
+def _utf8(text: str) -> str | None:
     try:
-        ids = encoded.dictionary.cast(pa.string())
-    except pa.ArrowInvalid:
-        ids = pa.array([_decoded(value) for value in encoded.dictionary.to_pylist()], pa.string())
+        return text.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _numbered(indices, ids, keep_empty: bool = False):
+    """Make a dictionary array; null where an id is null or empty."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if not keep_empty:
         ids = pc.if_else(pc.equal(pc.binary_length(ids), 0), None, ids)
     if ids.null_count:
-        return ids.take(encoded.indices).dictionary_encode()
-    return pa.DictionaryArray.from_arrays(encoded.indices, ids)
-
-
-def _decoded(value: bytes) -> str | None:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return None
+        return ids.take(indices).dictionary_encode()
+    return pa.DictionaryArray.from_arrays(indices, ids)
 
 
 def _unify(chunks: list) -> tuple[np.ndarray, np.ndarray]:
@@ -1060,7 +1102,8 @@ def _read_parquet(path: Path, types: dict) -> dict:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        # no partitioning: an = in the directory's name has no meaning
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} is damaged ({reason}): prepare the data again") from error

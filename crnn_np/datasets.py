@@ -7,10 +7,11 @@ import logging
 import os
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from crnn_np.errors import DataError, SettingsError
+from .errors import DataError, SettingsError
 
 CHECKSUMS = "checksums.json"
 BLOCK = 1 << 20
@@ -76,7 +77,9 @@ KNOWN = {
 }
 
 
-def fetch(name: str, directory=".", url: str | None = None, progress: bool = False) -> Path:
+def fetch(
+    name: str, directory: str | os.PathLike = ".", url: str | None = None, progress: bool = False
+) -> Path:
     """Download a known data set, unless it is there already.
 
     The file takes its name only when it is whole and checked. Its SHA-256 is compared with the
@@ -131,8 +134,13 @@ def _download(url: str, part: Path, target: Path, progress: bool) -> None:
     import pooch
     import requests
 
+    # identity: the file is to arrive packed as it is
+    download = pooch.HTTPDownloader(
+        progressbar=progress, chunk_size=BLOCK, timeout=60, headers={"Accept-Encoding": "identity"}
+    )
+    logger.info("downloading %s to %s", url, target)
     try:
-        pooch.HTTPDownloader(progressbar=progress, timeout=60)(url, part, None)
+        download(url, part, None)
     except requests.RequestException as error:
         response = error.response
         reason = type(error).__name__ if response is None else f"HTTP status {response.status_code}"
@@ -150,12 +158,12 @@ def _check(file: Path, target: Path, known: DataSet, checksum: str | None) -> No
         if found != checksum:
             raise DataError(
                 f"{known.file} has SHA-256 {found}: {checksum} was expected from "
-                f"{target.parent / CHECKSUMS}; {advice}"
+                f"{target.parent / CHECKSUMS}; {advice}, or delete that entry if the data changed"
             )
         return
     try:
         md5 = _md5_of_log(file, known.member)
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{known.file} is cut short or damaged ({error}); {advice}") from error
     if known.member_md5 not in (None, md5):
         raise DataError(

@@ -73,8 +73,7 @@ class CollaborativeRNN:
         fitted = "not fitted"
         if self.params is not None:
             fitted = (
-                f"{len(self._user_ids)} users, {len(self._item_ids)} items, "
-                f"{self._epoch} epochs"
+                f"{len(self._user_ids)} users, {len(self._item_ids)} items, {self._epoch} epochs"
             )
         return f"CollaborativeRNN(preset=None, backend={self.backend!r}, {inner})  # {fitted}"
 
@@ -223,9 +222,7 @@ class CollaborativeRNN:
         if self.params is None:
             raise ModelError("the model is not fitted: there is nothing to save")
         settings = self.get_params() | {"epochs_done": self._epoch}
-        model.save(
-            path, self.params, self.accumulators, settings, self._user_ids, self._item_ids
-        )
+        model.save(path, self.params, self.accumulators, settings, self._user_ids, self._item_ids)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CollaborativeRNN":

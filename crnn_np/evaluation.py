@@ -154,6 +154,4 @@ def evaluate(
     empty = np.zeros(0)
     columns = [np.concatenate([empty, *c]) for c in (users, firsts, nlls, ranks)]
     user, first, nll, rank = columns
-    return summarise(
-        user.astype(np.int64), first.astype(bool), nll, rank, log.n_users, n, per_user
-    )
+    return summarise(user.astype(np.int64), first.astype(bool), nll, rank, log.n_users, n, per_user)

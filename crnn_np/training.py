@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends
-from .data import EventLog, Split, concatenate, cut_tail
-from .errors import TrainingError
+from .data import EventLog, concatenate, cut_tail
+from .errors import SettingsError, TrainingError
 from .evaluation import evaluate
 from .model import Accumulators, Grads, Params, Spec, gather, initialise, new_accumulators, scatter
 from .optim import Rule
@@ -181,9 +181,7 @@ def train_run(
     loss, events : summed over the run
     """
     if hasattr(backend, "train_run") and not rule.clip:
-        return backend.train_run(
-            spec, rule, scale, params, accumulators, s, log, run, work
-        )
+        return backend.train_run(spec, rule, scale, params, accumulators, s, log, run, work)
     loss, events = 0.0, 0
     for k in range(run.key.size):
         piece = run.one(k)
@@ -277,9 +275,16 @@ def epochs(
 
     Raises
     ------
+    SettingsError
+        Early stopping and parameters to go on from.
     TrainingError
         The loss became infinite or NaN.
     """
+    if plan.patience and params is not None:
+        raise SettingsError(
+            f"patience is {plan.patience} and parameters to go on from were given: early stopping "
+            "begins anew; set patience=0 or leave the parameters out"
+        )
     module = backends.get(backend)
     work = None
     if hasattr(module, "workspace"):

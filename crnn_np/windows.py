@@ -65,7 +65,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {"batch": (1, 1 << 16), "window": (1, 1 << 16), "epochs": (0, 1 << 31)}
+        bounds = {"batch": (1, 1 << 16), "window": (1, 1 << 16), "epochs": (1, 1 << 31)}
         bounds |= {"patience": (0, 1 << 31), "validation_fraction": (0, 0.5)}
         check(self, **bounds, seed=(0, 1 << 62))
         shortest, longest = self.validation_range

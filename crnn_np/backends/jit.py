@@ -1,35 +1,38 @@
 """The Numba backend: the functions of the reference, compiled, and a fused run of windows.
 
-The output layer, nearly all of the time, goes over blocks of `ROWS` events and tiles of `TILE`
-items. The logits of a block exist once, as E = exp(logits - shift), one contiguous [rows, tile]
-matrix after the other; a tile fits in the second-level cache. Each thread owns a stretch of tiles:
+The output layer is nearly all of the time: three matrix products of D x I x N. It goes over blocks
+of events and tiles of `TILE` items, and the logits never exist as a whole. With E item-major,
+E[i, n] = exp(logit of item i at event n - shift[n]), one thread owns a stretch of tiles:
 
-    first pass    E, its sums S over items, and U = E W_out, from which dH = U / S - W_out[y]
-    second pass   dW_out = E^T (H / S), with S taken off E at the targets before; in the fused run
-                  RMSprop moves the tile of W_out at once and dW_out is never stored whole
+    first pass    logits of a tile into E, exp in place, their sums S over items, and
+                  U += W_out^T E, from which dH = U / S - W_out[y]; the tile stays in cache
+    second pass   dW_out = E (H / S), with S taken off E at the targets before; RMSprop moves the
+                  tile of W_out at once, so that dW_out is never stored whole
 
 shift is 0: exp is scale-free as long as the sums neither overflow nor vanish. Where one does, the
-block is done again with the largest logit of each row as shift.
+block is done again with the largest logit of each event as shift.
 
-The matrix products are BLAS calls on one thread each, made from Numba's threads, so the two kinds
-of threads do not compete. Numba's work queue is the threading layer unless another was chosen: it
-does not spin when another process wants a core. It must not be entered from two Python threads.
+`_product` is the one matrix product: MR rows by NV vectors of sums held in registers, its k-th
+step a broadcast of each row's element times NV vectors. Every score is summed in the same order,
+so equal rows of W_out score the same to the bit and ties are exact. Vectors are as wide as the
+processor's; no BLAS is called, so no second kind of threads competes.
+
+Numba's work queue is the threading layer unless another was chosen: it does not spin when another
+process wants a core. It must not be entered from two Python threads at once.
 
 Kernels of the recurrent network live in this file alone, since Numba's disk cache watches no other.
 """
 
 import math
-from contextlib import AbstractContextManager
-from functools import cache
 from typing import NamedTuple
 
+import llvmlite.binding
 import numba
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  the BLAS that Numba calls, loaded before its threads are limited
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
-from threadpoolctl import ThreadpoolController
 
 from ..data import EventLog
 from ..model import Accumulators, Params, Spec
@@ -57,9 +60,7 @@ Array = np.ndarray
 if numba.config.THREADING_LAYER == "default":
     numba.config.THREADING_LAYER = "workqueue"
 
-ROWS = 256
-TILE = 512
-SCORED_ROWS = 64
+TILE = 48  # items; E of a tile fits in the first-level cache
 TANH, GRU, GRU_SIGMOID = 0, 1, 2
 KINDS = {"tanh": TANH, "gru": GRU, "gru-sigmoid": GRU_SIGMOID}
 
@@ -68,16 +69,6 @@ FAITHFUL = {"contract"}  # reassociation would undo the argument reduction of ex
 serial = njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
 threads = njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST, parallel=True)
 exact = njit(cache=True, nogil=True, error_model="numpy", fastmath=FAITHFUL)
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
-def one_blas_thread() -> AbstractContextManager:
-    """Keep BLAS from starting threads below the threads that call it."""
-    return _blas().limit(limits=1, user_api="blas")
 
 
 # ---------------------------------------------------------------- scalar functions
@@ -333,9 +324,7 @@ def _backward_window(kind, dH, states, cache, init, W_h, event, carry, ds0, dA, 
     for i_b in prange(dH.shape[1]):
         b = np.int64(i_b)
         W = W_h[b if W_h.shape[0] > 1 else 0]
-        _backward_column(
-            kind, b, dH, states, cache, init, W, event, carry, ds0[b], dA, dW_h[b]
-        )
+        _backward_column(kind, b, dH, states, cache, init, W, event, carry, ds0[b], dA, dW_h[b])
 
 
 def cell_forward(
@@ -348,9 +337,7 @@ def cell_forward(
     states[0] = s0
     cache = np.empty((T, B, 0 if cell == "tanh" else 3 * D), A.dtype)
     A, W_h, event, carry = map(np.ascontiguousarray, (A, W_h, event, carry))
-    _forward_window(
-        KINDS[cell], states[:, 0], cache, A, W_h, event, carry, A.dtype.type(init)
-    )
+    _forward_window(KINDS[cell], states[:, 0], cache, A, W_h, event, carry, A.dtype.type(init))
     return states, cache
 
 
@@ -371,181 +358,385 @@ def cell_backward(
     dW_h = np.empty((B, *W_h.shape[1:]), dH.dtype)
     dH, W_h, event, carry = map(np.ascontiguousarray, (dH, W_h, event, carry))
     init = dH.dtype.type(init)
-    _backward_window(
-        KINDS[cell], dH, states[:, 0], cache, init, W_h, event, carry, ds0, dA, dW_h
-    )
+    _backward_window(KINDS[cell], dH, states[:, 0], cache, init, W_h, event, carry, ds0, dA, dW_h)
     if W_h.shape[0] == 1:
         dW_h = dW_h.sum(axis=0, keepdims=True)
     return ds0[None], dA, dW_h
 
 
-# ---------------------------------------------------------------- output layer
+# ---------------------------------------------------------------- matrix product
+
+_features = llvmlite.binding.get_host_cpu_features()
+VECTOR_BYTES = 64 if _features.get("avx512f") else 32 if _features.get("avx2") else 16
+# sums in registers: 24 of 32 where there are 32, 12 of 16 elsewhere
+NV = 2
+MR = 12 if _features.get("avx512f") or _features.get("neon") else 6
 
 
-@threads
-def _exp_scores(H, W_out, shift, E, S, U, product):
-    """First pass over a block: E, and each thread's part of S [threads, rows] and U."""
-    m, items = H.shape[0], W_out.shape[0]
-    tiles = (items + TILE - 1) // TILE
-    n_threads = S.shape[0]
-    for i_p in prange(n_threads):
-        p = np.int64(i_p)
-        S[p] = 0
-        U[p] = 0
-        for tile in range(p * tiles // n_threads, (p + 1) * tiles // n_threads):
-            lo = tile * TILE
-            hi = min(lo + TILE, items)
-            e = E[lo * m : hi * m].reshape(m, hi - lo)
-            np.dot(H, W_out[lo:hi].T, e)
-            for n in range(m):
-                s = H.dtype.type(0)
-                for i in range(hi - lo):
-                    v = _exp(e[n, i] - shift[n])
-                    e[n, i] = v
-                    s += v
-                S[p, n] += s
-            part = product[p][:m]
-            np.dot(e, W_out[lo:hi], part)
-            for n in range(m):
-                for d in range(H.shape[1]):
-                    U[p, n, d] += part[n, d]
-    for p in range(1, n_threads):
-        S[0] += S[p]
-        U[0] += U[p]
+@intrinsic(prefer_literal=True)
+def _block(context, rows, vectors, add, A, ao, ars, aks, B, bo, bks, C, co, crs, K):
+    """One register block of a product on flat arrays, `rows` by `vectors`, both literal.
 
-
-@threads
-def _row_max(H, W_out, E, top):
-    """Largest logit of each row, [threads, rows] with the result in the first row."""
-    m, items = H.shape[0], W_out.shape[0]
-    tiles = (items + TILE - 1) // TILE
-    n_threads = top.shape[0]
-    for i_p in prange(n_threads):
-        p = np.int64(i_p)
-        top[p] = -np.inf
-        for tile in range(p * tiles // n_threads, (p + 1) * tiles // n_threads):
-            lo = tile * TILE
-            hi = min(lo + TILE, items)
-            e = E[lo * m : hi * m].reshape(m, hi - lo)
-            np.dot(H, W_out[lo:hi].T, e)
-            for n in range(m):
-                for i in range(hi - lo):
-                    top[p, n] = max(top[p, n], e[n, i])
-    for p in range(1, n_threads):
-        top[0] = np.maximum(top[0], top[p])
-
-
-@threads
-def _item_gradients(E, G, W_out, ms, dW_out, product, first, move, rule):
-    """Second pass over a block: dW_out = E^T G, tile by tile.
-
-    With `first`, dW_out is set, else added to. With `move`, RMSprop moves W_out by the sum
-    instead of storing it; rule = (learning_rate, rho, 1 - rho, eps).
+    C[co + i crs + v] (+)= sum over k < K of A[ao + i ars + k aks] B[bo + k bks + v], K >= 1.
     """
-    m, items = G.shape[0], W_out.shape[0]
-    D = W_out.shape[1]
-    tiles = (items + TILE - 1) // TILE
-    n_threads = product.shape[0]
-    for i_p in prange(n_threads):
-        p = np.int64(i_p)
-        for tile in range(p * tiles // n_threads, (p + 1) * tiles // n_threads):
-            lo = tile * TILE
-            hi = min(lo + TILE, items)
-            g = product[p][: hi - lo]
-            if m:
-                np.dot(E[lo * m : hi * m].reshape(m, hi - lo).T, G, g)
-            else:
-                g[:] = 0
-            for i in range(hi - lo):
-                if not first:
-                    for d in range(D):
-                        g[i, d] += dW_out[lo + i, d]
-                if move:
-                    _rmsprop(W_out[lo + i], ms[lo + i], g[i], rule[0], rule[1], rule[2], rule[3])
-                else:
-                    for d in range(D):
-                        dW_out[lo + i, d] = g[i, d]
+    n_rows, n_vectors = rows.literal_value, vectors.literal_value
+    bits = A.dtype.bitwidth
+    lanes = VECTOR_BYTES * 8 // bits
+
+    def codegen(context, builder, signature, args):
+        _, _, add, A_, ao, ars, aks, B_, bo, bks, C_, co, crs, K = args
+        real = context.get_value_type(A.dtype)
+        vector, i32, i64 = ir.VectorType(real, lanes), ir.IntType(32), ir.IntType(64)
+        undefined = ir.Constant(vector, ir.Undefined)
+        zeros = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f{bits}"
+        )
+
+        def pointer(kind, array, offset):
+            return builder.gep(context.make_array(kind)(context, builder, array).data, [offset])
+
+        def at(base, n):
+            return builder.gep(base, [ir.Constant(i64, n)])
+
+        def as_vector(p):
+            return builder.bitcast(p, vector.as_pointer())
+
+        def load(p):
+            return builder.load(as_vector(p), align=bits // 8)
+
+        def spread(p):
+            one = builder.insert_element(undefined, builder.load(p), ir.Constant(i32, 0))
+            return builder.shuffle_vector(one, undefined, zeros)
+
+        def row(base, stride, i):
+            return builder.gep(base, [builder.mul(stride, ir.Constant(i64, i))])
+
+        a, b, c = pointer(A, A_, ao), pointer(B, B_, bo), pointer(C, C_, co)
+        a_rows = [row(a, ars, i) for i in range(n_rows)]
+        cells = [at(row(c, crs, i), lanes * v) for i in range(n_rows) for v in range(n_vectors)]
+        entry = builder.block
+        old, loop, done = (builder.append_basic_block(n) for n in ("old", "product", "done"))
+        builder.cbranch(builder.trunc(add, ir.IntType(1)), old, loop)
+        builder.position_at_end(old)
+        previous = [load(cell) for cell in cells]
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k = builder.phi(i64)
+        sums = [builder.phi(vector) for _ in cells]
+        b_k = builder.gep(b, [builder.mul(k, bks)])
+        b_vectors = [load(at(b_k, lanes * v)) for v in range(n_vectors)]
+        new = []
+        for i in range(n_rows):
+            a_ik = spread(builder.gep(a_rows[i], [builder.mul(k, aks)]))
+            for v in range(n_vectors):
+                new.append(builder.call(fma, [a_ik, b_vectors[v], sums[i * n_vectors + v]]))
+        next_k = builder.add(k, ir.Constant(i64, 1))
+        for block, first in ((entry, None), (old, previous)):
+            k.add_incoming(ir.Constant(i64, 0), block)
+            for j, phi in enumerate(sums):
+                phi.add_incoming(first[j] if first else ir.Constant(vector, [0.0] * lanes), block)
+        k.add_incoming(next_k, loop)
+        for phi, value in zip(sums, new, strict=True):
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", next_k, K), loop, done)
+        builder.position_at_end(done)
+        for value, cell in zip(new, cells, strict=True):
+            builder.store(value, as_vector(cell), align=bits // 8)
+        return context.get_dummy_value()
+
+    n = types.intp
+    array, flag = (A, n, n, n, B, n, n, C, n, n, n), types.boolean
+    return types.none(rows, vectors, flag, *array), codegen
+
+
+def _lanes(dtype: np.dtype) -> int:
+    """Elements of a vector."""
+    return VECTOR_BYTES // np.dtype(dtype).itemsize
 
 
 @serial
-def _softmax(H, W_out, y, scale, E, S, U, product, shift, G, dH, lowest, highest):
-    """Loss of a block, its dH, and G with E ready for `_item_gradients`, scaled."""
-    m, items = H.shape[0], W_out.shape[0]
+def _columns(nv, add, M, A, ao, ars, aks, B, bo, bks, C, co, crs, K):
+    """`_product` of nv vectors of columns: blocks of MR rows, then of 4 and of 1."""
+    i = 0
+    while i + MR <= M:
+        if nv == NV:
+            _block(MR, NV, add, A, ao + i * ars, ars, aks, B, bo, bks, C, co + i * crs, crs, K)
+        else:
+            _block(MR, 1, add, A, ao + i * ars, ars, aks, B, bo, bks, C, co + i * crs, crs, K)
+        i += MR
+    while i + 4 <= M:
+        if nv == NV:
+            _block(4, NV, add, A, ao + i * ars, ars, aks, B, bo, bks, C, co + i * crs, crs, K)
+        else:
+            _block(4, 1, add, A, ao + i * ars, ars, aks, B, bo, bks, C, co + i * crs, crs, K)
+        i += 4
+    while i < M:
+        if nv == NV:
+            _block(1, NV, add, A, ao + i * ars, ars, aks, B, bo, bks, C, co + i * crs, crs, K)
+        else:
+            _block(1, 1, add, A, ao + i * ars, ars, aks, B, bo, bks, C, co + i * crs, crs, K)
+        i += 1
+
+
+@serial
+def _product(add, M, N, K, lanes, A, ao, ars, aks, B, bo, bks, C, co, crs):
+    """C (M x N, rows crs apart) = or += A (M x K, any strides) B (K x N, rows bks apart).
+
+    On flat arrays from offsets ao, bo, co; N is a multiple of `lanes` and K at least 1.
+    """
+    n = 0
+    while n + NV * lanes <= N:
+        _columns(NV, add, M, A, ao, ars, aks, B, bo + n, bks, C, co + n, crs, K)
+        n += NV * lanes
+    while n < N:
+        _columns(1, add, M, A, ao, ars, aks, B, bo + n, bks, C, co + n, crs, K)
+        n += lanes
+
+
+# ---------------------------------------------------------------- output layer
+
+
+class Output(NamedTuple):
+    """Work arrays of the output layer, for blocks of at most `width` events.
+
+    Rows of `ld` or `Dp` elements hold `width` or D of them (`_row_length`).
+    """
+
+    HT: Array  # [D, ld], H of the block transposed
+    E: Array  # [I, ld]
+    S: Array  # [threads, width]
+    U: Array  # [threads, D, ld]
+    shift: Array  # [width]
+    G: Array  # [width, Dp]
+    tile: Array  # [threads, TILE, Dp], dW_out of a tile
+    dW_out: Array  # [I, Dp], where a window has more than one block
+
+
+LINE = 64  # bytes
+
+
+def _block_width(D: int) -> int:
+    """Most events of a block: its share of HT, U and G fits in the second-level cache."""
+    return 128 if D <= 64 else 256
+
+
+def _row_length(n: int, dtype: np.dtype) -> int:
+    """Elements between rows of n: whole cache lines, an odd number where there are many.
+
+    With a power of two the rows of a register block would fall into a few sets of the cache.
+    """
+    line = LINE // np.dtype(dtype).itemsize
+    lines = -(-n // line)
+    return (lines + (lines > 4 and lines % 2 == 0)) * line
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Zeros that begin on a cache line: a vector across two lines takes twice the time."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + LINE, np.uint8)
+    skip = -memory.ctypes.data % LINE
+    return memory[skip : skip + size].view(dtype).reshape(shape)
+
+
+def _output_work(N: int, items: int, D: int, dtype: np.dtype) -> Output:
+    lanes = _lanes(dtype)
+    width = min(-(-max(N, 1) // lanes) * lanes, _block_width(D))
+    ld, Dp = _row_length(width, dtype), _row_length(D, dtype)
+    n = numba.get_num_threads()
+    shapes = (
+        (D, ld),
+        (items, ld),
+        (n, width),
+        (n, D, ld),
+        (width,),
+        (width, Dp),
+        (n, TILE, Dp),
+        (items if N > width else 0, Dp),
+    )
+    return Output(*(_aligned(shape, dtype) for shape in shapes))
+
+
+@serial
+def _thread_tiles(p, n_threads, items):
+    """First and last + 1 of the tiles that thread p owns."""
+    tiles = (items + TILE - 1) // TILE
+    return p * tiles // n_threads, (p + 1) * tiles // n_threads
+
+
+@serial
+def _exp_tiles(p, W_out, m, lanes, out):
+    items, D = W_out.shape
+    ld = out.E.shape[1]
+    W, HT, E = W_out.reshape(-1), out.HT.reshape(-1), out.E.reshape(-1)
+    S, U, shift = out.S[p], out.U[p].reshape(-1), out.shift
+    S[:] = 0
+    U[:] = 0
+    first, last = _thread_tiles(p, out.S.shape[0], items)
+    for lo in range(first * TILE, min(last * TILE, items), TILE):
+        hi = min(lo + TILE, items)
+        _product(False, hi - lo, m, D, lanes, W, lo * D, D, 1, HT, 0, ld, E, lo * ld, ld)
+        for i in range(lo, hi):
+            e = out.E[i]
+            for n in range(m):
+                v = _exp(e[n] - shift[n])
+                e[n] = v
+                S[n] += v
+        _product(True, D, m, hi - lo, lanes, W, lo * D, 1, D, E, lo * ld, ld, U, 0, ld)
+
+
+@threads
+def _exp_scores(W_out, m, lanes, out):
+    """First pass over a block of m events (padded): E, and each thread's part of S and U."""
+    for p in prange(out.S.shape[0]):
+        _exp_tiles(np.int64(p), W_out, m, lanes, out)
+
+
+@serial
+def _score_tiles(p, W_out, m, lanes, out):
+    items, D = W_out.shape
+    ld = out.E.shape[1]
+    W, HT, E = W_out.reshape(-1), out.HT.reshape(-1), out.E.reshape(-1)
+    top = out.S[p]
+    top[:] = -np.inf
+    first, last = _thread_tiles(p, out.S.shape[0], items)
+    for lo in range(first * TILE, min(last * TILE, items), TILE):
+        hi = min(lo + TILE, items)
+        _product(False, hi - lo, m, D, lanes, W, lo * D, D, 1, HT, 0, ld, E, lo * ld, ld)
+        for i in range(lo, hi):
+            e = out.E[i]
+            for n in range(m):
+                top[n] = max(top[n], e[n])
+
+
+@threads
+def _scores(W_out, m, lanes, out):
+    """E = the scores themselves, and the largest in each thread's part of S."""
+    for p in prange(out.S.shape[0]):
+        _score_tiles(np.int64(p), W_out, m, lanes, out)
+
+
+@serial
+def _gradient_tiles(p, W_out, ms, m, lanes, out, only, first, move, rule):
+    items, D = W_out.shape
+    ld, Dp = out.E.shape[1], out.G.shape[1]
+    columns = (D + lanes - 1) // lanes * lanes
+    E, G = out.E.reshape(-1), out.G.reshape(-1)
+    begin, end = _thread_tiles(p, out.tile.shape[0], items)
+    for lo in range(begin * TILE, min(end * TILE, items), TILE):
+        hi = min(lo + TILE, items)
+        g = out.tile[p] if only else out.dW_out[lo:hi]
+        if m:
+            to, add = g.reshape(-1), not first
+            _product(add, hi - lo, columns, m, lanes, E, lo * ld, ld, 1, G, 0, Dp, to, 0, Dp)
+        elif first:
+            g[:] = 0
+        if move:
+            for i in range(hi - lo):
+                dw = g[i, :D]
+                _rmsprop(W_out[lo + i], ms[lo + i], dw, rule[0], rule[1], rule[2], rule[3])
+
+
+@threads
+def _item_gradients(W_out, ms, m, lanes, out, only, first, move, rule):
+    """Second pass over a block of m events (padded): dW_out = E G, tile by tile.
+
+    `first` sets dW_out, otherwise it is added to. With `move`, RMSprop moves W_out by the result;
+    a window's `only` block needs no dW_out then. rule = (learning_rate, rho, 1 - rho, eps).
+    """
+    for p in prange(out.tile.shape[0]):
+        _gradient_tiles(np.int64(p), W_out, ms, m, lanes, out, only, first, move, rule)
+
+
+@serial
+def _load_states(H, m, D, out):
+    """HT = H transposed, zero in the columns that pad the block to m events."""
+    for d in range(D):
+        for n in range(H.shape[0]):
+            out.HT[d, n] = H[n, d]
+        for n in range(H.shape[0], m):
+            out.HT[d, n] = 0
+
+
+@serial
+def _softmax(H, W_out, y, scale, lanes, out, dH, lowest, highest):
+    """Loss of a block and its dH; leaves E and G ready for `_item_gradients`, scaled.
+
+    Returns the loss and the padded number of events.
+    """
     D = W_out.shape[1]
-    shift[:m] = 0
-    _exp_scores(H, W_out, shift, E, S, U, product)
+    m = (H.shape[0] + lanes - 1) // lanes * lanes
+    _load_states(H, m, D, out)
+    out.shift[:m] = 0
+    _exp_scores(W_out, m, lanes, out)
     safe = True
-    for n in range(m):
-        safe = safe and lowest < S[0, n] < highest
+    for n in range(H.shape[0]):
+        safe = safe and lowest < out.S[:, n].sum() < highest
     if not safe:
-        _row_max(H, W_out, E, S)
-        shift[:m] = S[0, :m]
-        _exp_scores(H, W_out, shift, E, S, U, product)
+        _scores(W_out, m, lanes, out)
+        for n in range(m):
+            out.shift[n] = out.S[:, n].max()
+        _exp_scores(W_out, m, lanes, out)
+    U = out.U[0]
+    for p in range(1, out.U.shape[0]):
+        for d in range(D):
+            for n in range(m):
+                U[d, n] += out.U[p, d, n]
     loss = 0.0
-    for n in range(m):
-        s = S[0, n]
+    for n in range(H.shape[0]):
+        s = out.S[:, n].sum()
         i = y[n]
         logit = H.dtype.type(0)
         for d in range(D):
             logit += H[n, d] * W_out[i, d]
-        loss += math.log(np.float64(s)) + np.float64(shift[n]) - np.float64(logit)
-        lo = i // TILE * TILE
-        hi = min(lo + TILE, items)
-        E[lo * m + n * (hi - lo) + i - lo] -= s
+        loss += math.log(np.float64(s)) + np.float64(out.shift[n]) - np.float64(logit)
+        out.E[i, n] -= s
         factor = scale / s
         for d in range(D):
-            dH[n, d] = U[0, n, d] * factor - W_out[i, d] * scale
-            G[n, d] = H[n, d] * factor
-    return loss
+            dH[n, d] = U[d, n] * factor - W_out[i, d] * scale
+            out.G[n, d] = H[n, d] * factor
+    out.G[H.shape[0] : m] = 0
+    return loss, m
+
+
+@serial
+def _rank_items(p, m, items, out, target, sums, ahead):
+    n_threads = sums.shape[0]
+    top, s, count = out.shift, sums[p], ahead[p]
+    s[:] = 0
+    count[:] = 0
+    for i in range(p * items // n_threads, (p + 1) * items // n_threads):
+        e = out.E[i]
+        for n in range(m):
+            v = e[n]
+            s[n] += _exp(v - top[n])
+            count[n] += not v < target[n]
 
 
 @threads
-def _score(H, W_out, y, logits, nll, rank):
-    N, items = H.shape[0], W_out.shape[0]
-    blocks = (N + SCORED_ROWS - 1) // SCORED_ROWS
-    n_threads = logits.shape[0]
-    for i_p in prange(n_threads):
-        p = np.int64(i_p)
-        for block in range(p, blocks, n_threads):
-            lo = block * SCORED_ROWS
-            hi = min(lo + SCORED_ROWS, N)
-            part = logits[p][: (hi - lo) * items].reshape(hi - lo, items)
-            np.dot(H[lo:hi], W_out.T, part)
-            for n in range(hi - lo):
-                top = part[n, 0]
-                for i in range(items):
-                    top = max(top, part[n, i])
-                target = part[n, y[lo + n]]
-                s = 0.0
-                ahead = 0
-                for i in range(items):
-                    s += np.float64(_exp(part[n, i] - top))
-                    ahead += not part[n, i] < target
-                nll[lo + n] = math.log(s) + np.float64(top) - np.float64(target)
-                rank[lo + n] = ahead
+def _rank(m, items, out, target, sums, ahead):
+    """Each thread's sum of exp(score - largest) and count of items not below the target."""
+    for p in prange(sums.shape[0]):
+        _rank_items(np.int64(p), m, items, out, target, sums, ahead)
 
 
-class Output(NamedTuple):
-    """Work arrays of the output layer for blocks of m rows at most."""
-
-    E: Array  # [m * I]
-    S: Array  # [threads, m]
-    U: Array  # [threads, m, D]
-    product: Array  # [threads, max(m, TILE), D]
-    shift: Array  # [m]
-    G: Array  # [m, D]
-
-
-def _output_work(m: int, items: int, D: int, dtype: np.dtype) -> Output:
-    n = numba.get_num_threads()
-    return Output(
-        np.empty(m * items, dtype),
-        np.empty((n, m), dtype),
-        np.empty((n, m, D), dtype),
-        np.empty((n, max(m, min(TILE, items)), D), dtype),
-        np.empty(m, dtype),
-        np.empty((m, D), dtype),
-    )
+@serial
+def _score_block(H, W_out, y, lanes, out, sums, ahead, nll, rank):
+    """Scores of one block of events."""
+    items, D = W_out.shape
+    m = (H.shape[0] + lanes - 1) // lanes * lanes
+    _load_states(H, m, D, out)
+    _scores(W_out, m, lanes, out)
+    target = np.zeros(m, H.dtype)
+    for n in range(m):
+        out.shift[n] = out.S[:, n].max()
+        if n < y.size:
+            target[n] = out.E[y[n], n]
+    _rank(m, items, out, target, sums, ahead)
+    for n in range(H.shape[0]):
+        top = np.float64(out.shift[n])
+        nll[n] = math.log(sums[:, n].sum()) + top - np.float64(target[n])
+        rank[n] = ahead[:, n].sum()
 
 
 def _sum_limits(dtype: np.dtype) -> tuple[float, float]:
@@ -556,32 +747,33 @@ def _sum_limits(dtype: np.dtype) -> tuple[float, float]:
 
 def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, Array]:
     """As `reference.output`."""
-    dtype = W_out.dtype
+    dtype, lanes = W_out.dtype, _lanes(W_out.dtype)
     N, D = H.shape
-    work = _output_work(min(max(N, 1), ROWS), len(W_out), D, dtype)
-    dH, dW_out = np.empty_like(H), np.empty_like(W_out)
-    lowest, highest = _sum_limits(dtype)
-    one, loss = dtype.type(1), 0.0
-    with one_blas_thread():
-        for lo in range(0, max(N, 1), ROWS):
-            rows = slice(lo, min(lo + ROWS, N))
-            m = rows.stop - rows.start
-            if m:
-                loss += _softmax(
-                    H[rows], W_out, y[rows], one, *work, dH[rows], lowest, highest
-                )
-            _item_gradients(
-                work.E, work.G[:m], W_out, W_out, dW_out, work.product, lo == 0, False, (one,) * 4
-            )
-    return loss, dH, dW_out
+    H, dH = np.ascontiguousarray(H), np.empty(H.shape, dtype)
+    width = _block_width(D)
+    out = _output_work(width + 1, len(W_out), D, dtype)  # room for dW_out
+    one, loss, m = dtype.type(1), 0.0, 0
+    for lo in range(0, max(N, 1), width):
+        rows = slice(lo, min(lo + width, N))
+        if N:
+            limits = _sum_limits(dtype)
+            part, m = _softmax(H[rows], W_out, y[rows], one, lanes, out, dH[rows], *limits)
+            loss += part
+        _item_gradients(W_out, W_out, m, lanes, out, False, lo == 0, False, (one,) * 4)
+    return loss, dH, np.ascontiguousarray(out.dW_out[:, :D])
 
 
 def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     """As `reference.score`."""
+    lanes, width = _lanes(W_out.dtype), _block_width(W_out.shape[1])
     nll, rank = np.empty(y.size, np.float64), np.empty(y.size, np.int32)
-    logits = np.empty((numba.get_num_threads(), SCORED_ROWS * len(W_out)), W_out.dtype)
-    with one_blas_thread():
-        _score(np.ascontiguousarray(H), W_out, y, logits, nll, rank)
+    out = _output_work(min(y.size, width), *W_out.shape, W_out.dtype)
+    sums = np.empty(out.S.shape, np.float64)
+    ahead = np.empty(out.S.shape, np.int32)
+    H = np.ascontiguousarray(H)
+    for lo in range(0, y.size, width):
+        rows = slice(lo, lo + width)
+        _score_block(H[rows], W_out, y[rows], lanes, out, sums, ahead, nll[rows], rank[rows])
     return nll, rank
 
 
@@ -605,7 +797,6 @@ class Work(NamedTuple):
     y: Array  # i32[T * B]
     H: Array  # [T * B, D]
     dH_cells: Array  # [T * B, D]
-    dW_out: Array  # [I, D], used where a window has more than one block
     slot: Array  # i32[I], -1 but inside _move_items
     rows: Array  # i32[T * B]
     dW_in: Array  # [T * B, G*D]
@@ -628,15 +819,14 @@ def workspace(spec: Spec, n_items: int, batch: int, window: int) -> tuple[Work, 
         "dW_h": (B, D, width),
         "H": (N, D),
         "dH_cells": (N, D),
-        "dW_out": (n_items if N > ROWS else 0, D),
         "dW_in": (N, width),
     }
-    arrays = {name: np.empty(shape, dtype) for name, shape in shapes.items()}
+    arrays = {name: _aligned(shape, dtype) for name, shape in shapes.items()}
     arrays["x"] = np.empty((T, B), np.int32)
     arrays["cells"] = np.empty((N, 2), np.int32)
     arrays["y"], arrays["rows"] = np.empty(N, np.int32), np.empty(N, np.int32)
     arrays["slot"] = np.full(n_items, -1, np.int32)
-    return Work(**arrays), _output_work(min(N, ROWS), n_items, D, dtype)
+    return Work(**arrays), _output_work(N, n_items, D, dtype)
 
 
 @serial
@@ -662,7 +852,9 @@ def _read_window(indptr, items, user, start, length, fresh, target_from, x, even
 
 
 @threads
-def _forward_run(kind, T, user, pooled, start, drop, W_in, W_h, x, event, carry, A, states, cache, init):
+def _forward_run(
+    kind, T, user, pooled, start, drop, W_in, W_h, x, event, carry, A, states, cache, init
+):  # fmt: skip
     """Gather with input dropout and the cell's forward pass; drop = (threshold, factor)."""
     B, width = A.shape[1], A.shape[2]
     for i_b in prange(B):
@@ -677,8 +869,8 @@ def _forward_run(kind, T, user, pooled, start, drop, W_in, W_h, x, event, carry,
 
 @threads
 def _backward_run(
-    kind, T, user, pooled, start, drop, W_h, ms, event, carry, dH, states, cache, init, ds, dA, dW_h,
-    length, rule,
+    kind, T, user, pooled, start, drop, W_h, ms, event, carry, dH, states, cache, init, ds, dA,
+    dW_h, length, rule,
 ):  # fmt: skip
     """The cell's backward pass with input dropout; moves each user's own W_h."""
     B, width = dA.shape[1], dA.shape[2]
@@ -686,9 +878,7 @@ def _backward_run(
     for i_b in prange(B):
         b = np.int64(i_b)
         W = W_h[0 if pooled else user[b]]
-        _backward_column(
-            kind, b, dH[:T], states, cache, init, W, event, carry, ds[b], dA, dW_h[b]
-        )
+        _backward_column(kind, b, dH[:T], states, cache, init, W, event, carry, ds[b], dA, dW_h[b])
         if drop[0]:
             for t in range(T):
                 _drop(dA[t, b], start, (t * B + b) * width, drop[0], drop[1])
@@ -729,13 +919,13 @@ def _move_items(T, x, event, dA, W_in, ms, stamp, step, dense, slot, rows, dW_in
 
 @serial
 def _train(
-    kind, init, drop_in, drop_out, rule, dense, scale, limits, params, ms, indptr, items, run, s,
-    work, out,
+    kind, init, drop_in, drop_out, rule, dense, scale, lanes, limits, params, ms, indptr, items,
+    run, s, work, out,
 ):  # fmt: skip
     """Algorithm 1 on a run of windows, in place; returns the summed loss and the events."""
     W_h, W_in, W_out = params
     pooled = W_h.shape[0] == 1
-    D = W_out.shape[1]
+    D, width = W_out.shape[1], out.shift.size
     total, events = 0.0, 0
     for k in range(run.key.size):
         user, length = run.user[k], run.length[k]
@@ -758,16 +948,18 @@ def _train(
             work.H[n] = work.states[t + 1, b]
             if drop_out[0]:
                 _drop(work.H[n], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
-        for lo in range(0, max(N, 1), ROWS):
-            hi = min(lo + ROWS, N)
-            G = out.G[: hi - lo]
+        blocks = max((N + width - 1) // width, 1)
+        m = 0
+        for block in range(blocks):
+            lo, hi = block * N // blocks, (block + 1) * N // blocks
             if hi > lo:
-                total += _softmax(
-                    work.H[lo:hi], W_out, work.y[lo:hi], scale, out.E, out.S, out.U, out.product,
-                    out.shift, G, work.dH_cells[lo:hi], limits[0], limits[1],
+                loss, m = _softmax(
+                    work.H[lo:hi], W_out, work.y[lo:hi], scale, lanes, out, work.dH_cells[lo:hi],
+                    limits[0], limits[1],
                 )  # fmt: skip
+                total += loss
             _item_gradients(
-                out.E, G, W_out, ms.W_out, work.dW_out, out.product, lo == 0, hi == N, rule
+                W_out, ms.W_out, m, lanes, out, blocks == 1, block == 0, block == blocks - 1, rule
             )
         for n in range(N):
             t, b = work.cells[n, 0], work.cells[n, 1]
@@ -827,21 +1019,21 @@ def train_run(
         return dropout_threshold(p), real(1) / real(1 - p)
 
     numbers = (rule.learning_rate, rule.rho, 1 - rule.rho, rule.eps)
-    with one_blas_thread():
-        return _train(
-            KINDS[spec.cell_kind],
-            real(spec.init_state),
-            dropping(spec.dropout_in),
-            dropping(spec.dropout_out),
-            tuple(real(number) for number in numbers),
-            rule.W_in_rows == "dense",
-            real(scale),
-            _sum_limits(np.dtype(spec.dtype)),
-            params,
-            accumulators,
-            log.indptr,
-            log.items,
-            run,
-            s,
-            *work,
-        )
+    return _train(
+        KINDS[spec.cell_kind],
+        real(spec.init_state),
+        dropping(spec.dropout_in),
+        dropping(spec.dropout_out),
+        tuple(real(number) for number in numbers),
+        rule.W_in_rows == "dense",
+        real(scale),
+        _lanes(spec.dtype),
+        _sum_limits(np.dtype(spec.dtype)),
+        params,
+        accumulators,
+        log.indptr,
+        log.items,
+        run,
+        s,
+        *work,
+    )

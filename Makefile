@@ -1,0 +1,55 @@
+# Each target makes what it needs: a virtual environment with the dependencies of setup.cfg.
+# Another interpreter: make test PYTHON=python3.12      Another place: make test VENV=/tmp/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+
+help:
+	@echo 'make demo         train on a built-in data set and compare with the lowest attainable error'
+	@echo 'make test         run the tests'
+	@echo 'make gradcheck    check all gradients, one row for each block of parameters'
+	@echo 'make lint         check the style'
+	@echo 'make test-oldest  run the tests with the oldest dependencies (needs Python 3.11)'
+	@echo 'make install      only make the virtual environment, $(VENV)'
+	@echo 'make clean        remove what was built and cached, except $(VENV)'
+
+# $(call install,VENV,OPTIONS)
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	    "crnn_np needs Python 3.11 or later, and '$(PYTHON)' is not. Try: make PYTHON=python3.12" \
+	    >&2; exit 1; }
+	@test -x '$(1)/bin/pip' || $(PYTHON) -m venv --clear '$(1)' || { echo \
+	    "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" \
+	    >&2; exit 1; }
+	'$(1)/bin/python' -m pip install --quiet --editable '.[test]' $(2)
+endef
+
+$(VENV)/.installed: setup.cfg setup.py
+	$(call install,$(VENV))
+	@touch '$@'
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	'$(VENV)/bin/crnn-np' demo
+
+test: $(VENV)/.installed
+	'$(VENV)/bin/python' -m pytest
+
+gradcheck: $(VENV)/.installed
+	'$(VENV)/bin/python' -m crnn_np.gradcheck
+
+lint: $(VENV)/.installed
+	'$(VENV)/bin/ruff' check .
+
+test-oldest:
+	@mkdir -p build
+	sed -n 's/^    \([a-z]*\) >= \([0-9.]*\)$$/\1==\2/p' setup.cfg > build/oldest.txt
+	$(call install,build/oldest,--constraint build/oldest.txt)
+	build/oldest/bin/python -m pytest
+
+clean:
+	rm -rf build dist crnn_np.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -path './$(VENV)' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help install demo test gradcheck lint test-oldest clean

@@ -1,0 +1,93 @@
+"""Choose the settings of the preset ``paper`` on a validation part; the held-out part stays unseen.
+
+    python bench/choose.py DIR [--out bench/choose.jsonl] [--max-epochs 30]
+
+Stages of a coordinate search: each varies one or two settings around the best so far (Eq. 3 on the
+validation part, cut from the end of each user's training part). Every trial is one line of the
+output; a trial that is there already is not run again, so the search can be stopped and resumed.
+"""
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+from machine import describe_machine
+
+import crnn_np
+
+START = {
+    "hidden_size": 32,
+    "learning_rate": 0.0075,
+    "rho": 0.997,
+    "eps": 1e-2,
+    "dropout_in": 0.2,
+    "dropout_out": 0.2,
+}
+STAGES = (
+    {"learning_rate": (0.0075, 0.003, 0.02), "eps": (1e-2, 1e-1, 1e-3)},
+    {"dropout_in": (0.0, 0.2, 0.4), "dropout_out": (0.0, 0.2, 0.4)},
+    {"rho": (0.95, 0.99, 0.997)},
+    {"hidden_size": (16, 32, 64)},
+)
+PATIENCE = 2
+
+
+def run_trial(train: crnn_np.EventLog, chosen: dict, max_epochs: int) -> dict:
+    """Validation error after each epoch of one setting, until it stops falling."""
+    settings = crnn_np.resolve("paper", **chosen, epochs=max_epochs, patience=PATIENCE)
+    began, curve = time.time(), []
+    try:
+        for report in crnn_np.epochs(*settings, train):
+            if report.phase != "choose":
+                break
+            curve.append(round(report.validation["nll"], 4))
+    except crnn_np.TrainingError as error:
+        return {"settings": chosen, "error": str(error)}
+    return {
+        "settings": chosen,
+        "validation_nll": min(curve),
+        "epoch": curve.index(min(curve)) + 1,
+        "curve": curve,
+        "seconds": round(time.time() - began),
+    }
+
+
+@click.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default="bench/choose.jsonl")
+@click.option("--max-epochs", default=30, show_default=True)
+def main(directory: Path, out: Path, max_epochs: int) -> None:
+    """Search the settings of the preset paper on the prepared data in DIRECTORY."""
+    train = crnn_np.load(directory).train
+    records = []
+    if out.exists():
+        records = [json.loads(line) for line in out.read_text().splitlines()]
+    else:
+        about = {"data": directory.name, "train_events": train.n_events, "users": train.n_users}
+        about |= {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d")}
+        records.append({"about": about, "patience": PATIENCE, "max_epochs": max_epochs})
+        out.write_text(json.dumps(records[0]) + "\n")
+    done = {json.dumps(r["settings"], sort_keys=True): r for r in records if "settings" in r}
+    best = START
+    for stage in STAGES:
+        trials = []
+        for values in itertools.product(*stage.values()):
+            chosen = best | dict(zip(stage, values, strict=True))
+            key = json.dumps(chosen, sort_keys=True)
+            if key not in done:
+                done[key] = run_trial(train, chosen, max_epochs)
+                with out.open("a") as file:
+                    file.write(json.dumps(done[key]) + "\n")
+            trials.append(done[key])
+            shown = {name: chosen[name] for name in stage}
+            click.echo(f"{shown}: {trials[-1].get('validation_nll', 'diverged')}")
+            sys.stdout.flush()
+        best = min(trials, key=lambda r: r.get("validation_nll", float("inf")))["settings"]
+        click.echo(f"best so far: {best}")
+
+
+if __name__ == "__main__":
+    main()

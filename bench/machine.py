@@ -1,0 +1,24 @@
+"""What machine a figure was made on."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def describe_machine() -> dict:
+    """Processor, cores, memory in GB and load average of this machine."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        model = facts.get("model name", model)
+        if "cpu family" in facts:
+            model += f" (family {facts['cpu family']}, model {facts['model']})"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory, 1),
+        "load": [round(x, 2) for x in os.getloadavg()],
+    }

@@ -1,0 +1,444 @@
+"""The command ``crnn-np``."""
+
+import json
+import logging
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import click
+
+from . import backends, data, datasets, presets
+from .errors import CrnnError, ModelError
+from .estimator import CollaborativeRNN
+from .settings import help_texts
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Commands(click.Group):
+    """A group of commands that end with one line and status 1 on an error of ours."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except CrnnError as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+
+class _ToStderr(logging.Handler):
+    def emit(self, record):
+        click.echo(self.format(record), err=True)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(package_name="crnn-np")
+def main():
+    """Collaborative recurrent networks: predict each user's next item.
+
+    \b
+    crnn-np fetch brightkite --to raw
+    crnn-np prepare raw/loc-brightkite_totalCheckins.txt.gz --like brightkite --out bk
+    """
+    logger = logging.getLogger("crnn_np")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
+        logger.addHandler(_ToStderr())
+
+
+class _Range(click.ParamType):
+    name = "LOW,HIGH"
+
+    def convert(self, value, parameter, context):
+        if isinstance(value, tuple):
+            return value
+        try:
+            low, high = (int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not two whole numbers with a comma, such as 3,500")
+        if not 0 <= low <= high:
+            self.fail(f"{value!r} is not a range of numbers of events, such as 3,500")
+        return low, high
+
+
+def _separator(context, parameter, value):
+    return {"tab": "\t", "\\t": "\t"}.get(value, value)
+
+
+@main.command()
+@click.argument("source", type=click.Path())
+@click.option(
+    "--like",
+    type=click.Choice(["brightkite", "lastfm", "table"]),
+    default="table",
+    show_default=True,
+    help="What SOURCE is: SNAP's check-in file, the Last.fm-1K file or archive, or a CSV, TSV or "
+    "Parquet table with a header.",
+)
+@click.option("--out", required=True, type=click.Path(), help="Directory to make.")
+@click.option("--force", is_flag=True, help="Replace the prepared data set at --out.")
+@click.option("--user-column", default="user", show_default=True, help="Tables: column of users.")
+@click.option("--item-column", default="item", show_default=True, help="Tables: column of items.")
+@click.option(
+    "--time-column",
+    help="Tables: column of times, ISO 8601 (UTC if they do not say) or seconds since 1970.  "
+    "[default: time, if there is one; without times the order of the file is the order]",
+)
+@click.option(
+    "--separator",
+    callback=_separator,
+    help="Text tables: one character, or 'tab'.  [default: found from the header]",
+)
+@click.option(
+    "--item",
+    type=click.Choice(["artist", "track"]),
+    default="artist",
+    show_default=True,
+    help="Last.fm: what an item is. The name stands in where the id is empty.",
+)
+@click.option(
+    "--paper-items",
+    is_flag=True,
+    help="Last.fm: artists by id alone, so that all without an id are one item, as in the "
+    "paper's code.",
+)
+@click.option("--drop-null-place", is_flag=True, help="Brightkite: drop the place of 32 zeros.")
+@click.option(
+    "--min-item-events",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Drop items with fewer events; first.",
+)
+@click.option(
+    "--min-user-events",
+    default=11,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Drop users with fewer events; second.",
+)
+@click.option(
+    "--min-user-entropy",
+    type=float,
+    help="Drop users whose item entropy in nats is at most this; third; -1 keeps all.  "
+    "[default: 2.5, with --like lastfm 3.0]",
+)
+@click.option(
+    "--heldout-fraction",
+    default=0.025,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of each user's events, at the end, to hold out.",
+)
+@click.option(
+    "--heldout-range",
+    default=(3, 500),
+    show_default="3,500",
+    type=_Range(),
+    help="Fewest and most events of a user to hold out.",
+)
+@click.option(
+    "--max-train-events",
+    type=click.IntRange(min=1),
+    help="Keep only the last N training events of each user; the paper kept 5120 of Last.fm.",
+)
+@click.option(
+    "--max-malformed",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of malformed lines that may be left out.",
+)
+def prepare(
+    source,
+    like,
+    out,
+    force,
+    min_item_events,
+    min_user_events,
+    min_user_entropy,
+    heldout_fraction,
+    heldout_range,
+    max_train_events,
+    **reading,
+):
+    """Read, filter and split the log SOURCE; write it to a directory.
+
+    Prints the row of the paper's Table 1 for the data, beside the paper's own.
+    """
+    data.check_destination(out, force)
+    if min_user_entropy is None:
+        min_user_entropy = datasets.KNOWN.get(like, datasets.KNOWN["brightkite"]).min_user_entropy
+    settings = {
+        "min_item_events": min_item_events,
+        "min_user_events": min_user_events,
+        "min_user_entropy": min_user_entropy,
+    }
+    with _progress(source) as progress:
+        log, n_lines, n_malformed, malformed = data.read_counted(
+            source, like, progress=progress, **reading
+        )
+    filtered = data.filter_events(log, **settings)
+    parts = data.split(filtered, heldout_fraction, heldout_range, max_train_events)
+    stats = data.save(
+        parts,
+        out,
+        {
+            "lines_read": n_lines,
+            "lines_skipped": n_malformed,
+            "like": like,
+            "malformed": [{"line": line, "fault": fault} for line, fault in malformed],
+            "settings": settings
+            | {
+                "heldout_fraction": heldout_fraction,
+                "heldout_range": list(heldout_range),
+                "max_train_events": max_train_events,
+            }
+            | {name: reading[name] for name in ("item", "paper_items", "drop_null_place")},
+        },
+        replace=force,
+    )
+    click.echo(_table(log, filtered, stats))
+    click.echo(f"{n_lines} lines read, {n_malformed} left out as malformed; written to {out}")
+
+
+def _table(log, filtered, stats) -> str:
+    """Counts of each stage, and the row of Table 1 where the paper has one."""
+    known = datasets.KNOWN.get(stats["like"])
+    rows = [
+        ("", "users", "items", "events", "training", "held out", "uniform error (nats)"),
+        ("read", log.n_users, log.n_items, log.n_events, "", "", ""),
+        ("filtered", filtered.n_users, filtered.n_items, filtered.n_events, "", "", ""),
+    ]
+    train, heldout = stats["train_events"], stats["heldout_events"]
+    ours = (stats["users"], stats["items"], train + heldout)
+    rows.append(("split", *ours, train, heldout, f"{stats['uniform_nll']:.4f}"))
+    note = ""
+    if known:
+        paper = (known.users, known.items, known.events)
+        rows.append((f"paper: {known.title}", *paper, "", "", f"{known.uniform_nll:.2f}"))
+        if ours == paper:
+            note = "\nThese are the paper's counts."
+        else:
+            note = "\nNot the paper's counts: this is other data, or it was cut otherwise."
+    text = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    lines = []
+    for name, *cells in text:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+    return "\n".join(lines) + note
+
+
+@contextmanager
+def _progress(source):
+    """A bar on a terminal, a line every 10 seconds elsewhere."""
+    if not sys.stderr.isatty():
+        shown = time.monotonic()
+
+        def tell(done, total):
+            nonlocal shown
+            if time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                click.echo(f"{source}: {done / total:.0%} read", err=True)
+
+        yield tell
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="reading", unit="B", unit_scale=True, leave=False) as bar:
+
+        def move(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield move
+
+
+@main.command()
+@click.argument("name", type=click.Choice(list(datasets.KNOWN)))
+@click.option(
+    "--to",
+    "directory",
+    default=".",
+    show_default=True,
+    type=click.Path(),
+    help="Directory for the file.",
+)
+@click.option("--url", help="Another download place.")
+def fetch(name, directory, url):
+    """Download the original data set NAME and check it.
+
+    Its SHA-256 is kept in checksums.json beside the file: the first download stores and prints
+    it, later ones are compared with it.
+    """
+    click.echo(datasets.fetch(name, directory, url, progress=sys.stderr.isatty()))
+
+
+def _settings_options(command):
+    """One option for each field of the settings classes, with its choices and its help text."""
+    for cls in reversed(presets.CLASSES):
+        texts = help_texts(cls)
+        for field in reversed(fields(cls)):
+            kind = field.type
+            if get_origin(kind) is Literal:
+                kind = click.Choice(get_args(kind))
+            elif kind is bool:
+                kind = click.BOOL
+            elif kind not in (int, float):
+                kind = _Range()
+            flag = "--" + field.name.replace("_", "-").lower()
+            command = click.option(flag, field.name, type=kind, help=texts[field.name])(command)
+    return command
+
+
+@main.command()
+@click.argument("directory", type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="Model file to write.")
+@click.option(
+    "--preset",
+    type=click.Choice(presets.names()),
+    default="paper",
+    show_default=True,
+    help="Settings to start from; the options below change single ones.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(list(backends.MODULES)),
+    default="numba",
+    show_default=True,
+    help="numpy is the plain, slow reference.",
+)
+@click.option("--log", "log_file", type=click.Path(), help="JSON lines.  [default: OUT.jsonl]")
+@_settings_options
+def train(directory, out, preset, backend, log_file, **changes):
+    """Train on the prepared data in DIRECTORY and write the model OUT.
+
+    \b
+    crnn-np train bk --preset authors --out bk.model
+    crnn-np train bk --preset paper --hidden-size 64 --seed 1 --out bk.model
+
+    The preset gives every setting; its Last.fm column is taken where the data were prepared with
+    --like lastfm. OUT.jsonl gets a line with the settings and one for each epoch. The model is
+    written after each epoch, so that an interrupted training leaves the last one.
+    """
+    out = Path(out)
+    if not out.absolute().parent.is_dir():
+        raise ModelError(f"{out}: its folder does not exist; make it first")
+    parts = data.load(directory)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    like = data.load_stats(directory)["like"]
+    model = CollaborativeRNN(preset=preset, like=like, backend=backend, **changes)
+    log_path = Path(log_file or f"{out}.jsonl")
+    with log_path.open("w", encoding="utf-8") as lines, _epoch_progress() as progress:
+
+        def log_line(record):
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+
+        log_line({"data": str(directory), "settings": model.get_params()})
+        click.echo(
+            f"{parts.train.n_users} users, {parts.train.n_items} items, "
+            f"{parts.train.n_events} training events; {model}"
+        )
+        for report in model.epochs(parts.train, progress=progress):
+            record = report._asdict()
+            del record["params"], record["accumulators"]
+            log_line(record | {"events_per_second": report.events / report.seconds})
+            click.echo(_epoch_line(report))
+            if report.phase != "choose":
+                model.save(out)
+    click.echo(f"model written to {out}, log to {log_path}")
+
+
+def _epoch_line(report) -> str:
+    if report.phase == "keep":
+        return f"keeping the parameters of epoch {report.epoch}"
+    line = (
+        f"{report.phase} epoch {report.epoch}/{report.epochs}: loss {report.loss:.4f} nats, "
+        f"{report.events / report.seconds:,.0f} events/s"
+    )
+    if report.validation:
+        error = report.validation["nll"]
+        line += f", validation {error:.4f} (lowest after epoch {report.best_epoch})"
+    return line
+
+
+@contextmanager
+def _epoch_progress():
+    """For `epochs`: a bar on a terminal, a line every 30 seconds elsewhere."""
+    if not sys.stderr.isatty():
+        began = shown = time.monotonic()
+        before = 0
+
+        def tell(done, total, loss):
+            nonlocal began, shown, before
+            now = time.monotonic()
+            if done < before:
+                began = now
+            before = done
+            if now - shown > 30:
+                shown = now
+                rate = done / max(now - began, 1e-9)
+                click.echo(
+                    f"{done:,} of {total:,} events, {rate:,.0f} events/s, loss "
+                    f"{loss / max(done, 1):.4f}, {(total - done) / max(rate, 1):.0f} s left",
+                    err=True,
+                )
+
+        yield tell
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit=" events", unit_scale=True, leave=False) as bar:
+
+        def move(done, total, loss):
+            if done < bar.n:
+                bar.reset(total)
+            bar.total = total
+            bar.set_postfix(loss=f"{loss / max(done, 1):.4f}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield move
+
+
+@main.command()
+@click.argument("model", type=click.Path())
+@click.argument("directory", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--per-user", is_flag=True, help="Add every user's errors.")
+@click.option(
+    "-n", default=20, show_default=True, type=click.IntRange(min=1), help="Of Recall@n and MRR@n."
+)
+def evaluate(model, directory, as_json, per_user, n):
+    """Errors of the model file MODEL on the held-out part of the data in DIRECTORY.
+
+    Replays each user's history, then predicts each held-out event from all before it. nll is
+    Eq. 3 of the paper: the mean over users of each user's mean, in nats.
+    """
+    fitted = CollaborativeRNN.load(model)
+    parts = data.load(directory)
+    scores = fitted.evaluate(parts.train, parts.heldout, n=n, per_user=per_user)
+    table = scores.pop("per_user", None)
+    if table is not None:
+        table = {name: column.tolist() for name, column in table.items()}
+        table["user"] = parts.train.user_ids[table["user"]].tolist()
+    if as_json:
+        click.echo(json.dumps(scores | ({"per_user": table} if table else {}), allow_nan=False))
+        return
+    click.echo(f"{'':12}{'users':>12}{'events':>12}{'without first':>16}")
+    for name in ("nll", f"recall@{n}", f"mrr@{n}"):
+        later = scores[f"{name}_after_first"]
+        shown = "" if later is None else f"{later:.4f}"
+        click.echo(f"{name:12}{scores[name]:12.4f}{scores[f'{name}_events']:12.4f}{shown:>16}")
+    click.echo(
+        f"perplexity {scores['perplexity']:.2f}; {scores['events']} held-out events of "
+        f"{scores['users_evaluated']} of {scores['users']} users"
+    )
+    if table:
+        click.echo("\t".join(table))
+        for row in zip(*table.values(), strict=True):
+            click.echo("\t".join(map(str, row)))

@@ -1,0 +1,242 @@
+"""What is particular to the compiled backend: its cache, its threads, blocks and tiles."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import crnn_np
+from crnn_np import model, training
+from crnn_np.backends import jit, reference
+from crnn_np.data import from_sequences
+from crnn_np.model import Spec
+from crnn_np.optim import Rule
+from crnn_np.windows import Plan
+
+PROGRAM = """
+import hashlib, json, sys
+import numba, numpy as np
+from crnn_np import training
+from crnn_np.backends import jit
+from crnn_np.data import from_sequences
+from crnn_np.model import Spec
+from crnn_np.optim import Rule
+from crnn_np.windows import Plan
+
+dtype, *threads = sys.argv[1:]
+rng = np.random.default_rng(0)
+log = from_sequences([rng.integers(0, 400, n) for n in (40, 31, 22, 60, 3, 17)], 400)
+spec = Spec(hidden_size=9, dropout_in=0.2, dropout_out=0.2, dtype=dtype)
+plan = Plan(batch=3, window=5, epochs=2, loss_scale="mean")
+H = rng.standard_normal((150, 9)).astype(dtype)
+W_out = rng.standard_normal((400, 9)).astype(dtype)
+y = rng.integers(0, 400, 150).astype(np.int32)
+runs = []
+for n in map(int, threads):
+    numba.set_num_threads(n)
+    *_, last = training.epochs(spec, Rule(), plan, log)
+    bytes = b"".join(block.tobytes() for block in last.params)
+    blocks = [block.ravel().tolist() for block in last.params]
+    runs.append({"digest": hashlib.sha256(bytes).hexdigest(), "blocks": blocks})
+    if len(threads) > 1:
+        loss, *grads = jit.output("softmax", H, W_out, y)
+        nll, rank = jit.score("softmax", H, W_out, y)
+        runs[-1]["blocks"] += [[loss], *(g.ravel().tolist() for g in grads), nll.tolist()]
+        runs[-1]["rank"] = rank.tolist()
+stats = jit._train.stats
+hits, misses = (sum(count.values()) for count in (stats.cache_hits, stats.cache_misses))
+print(json.dumps({"hits": hits, "misses": misses, "runs": runs}))
+"""
+
+
+def run_program(*arguments, **environment):
+    """What PROGRAM prints in a process of its own that finds this crnn_np."""
+    path = {"PYTHONPATH": str(Path(crnn_np.__file__).parents[1])}
+    output = subprocess.check_output(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        env={**os.environ, **path, **environment},
+        text=True,
+    )
+    return json.loads(output)
+
+
+def files(folder):
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*.nb*")}
+
+
+def test_a_second_process_finds_the_compiled_code_on_disk(tmp_path):
+    first = run_program("float32", 1, NUMBA_CACHE_DIR=str(tmp_path))
+    assert (first["hits"], first["misses"]) == (0, 1)
+    written = files(tmp_path)
+    assert any("jit._train" in name for name in written)
+    second = run_program("float32", 1, NUMBA_CACHE_DIR=str(tmp_path))
+    assert (second["hits"], second["misses"]) == (1, 0)
+    assert files(tmp_path) == written
+    assert second["runs"] == first["runs"]
+
+
+def test_any_number_of_threads_gives_the_same_result():
+    """Equal to rounding; to the bit for the same number of threads."""
+    runs = run_program("float64", 1, 2, 4, 2, 4, NUMBA_NUM_THREADS="4")["runs"]
+    for run in runs[1:]:
+        assert run["rank"] == runs[0]["rank"]
+        for one, other in zip(run["blocks"], runs[0]["blocks"], strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max())
+    assert runs[3] == runs[1]
+    assert runs[4] == runs[2]
+
+
+# The output layer
+
+
+LIMITS = {"float64": 1e-14, "float32": 4.5e-6}  # measured: 2.1e-15, 1.4e-6
+
+
+def assert_close(found, expected, dtype):
+    assert np.shape(found) == np.shape(expected)
+    largest = np.max(np.abs(expected), initial=1.0)
+    error = np.max(np.abs(found - expected), initial=0.0) / largest
+    assert error <= LIMITS[dtype], f"{error:.1e}, limit {LIMITS[dtype]:.0e}"
+
+
+def draw(N, n_items, D, dtype, seed=0):
+    rng = np.random.default_rng([N, n_items, D, seed])
+    H, W_out = np.tanh(rng.standard_normal((N, D))), rng.standard_normal((n_items, D))
+    return H.astype(dtype), W_out.astype(dtype), rng.integers(0, n_items, N).astype(np.int32)
+
+
+EVENTS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 127, 128, 129, 255, 256, 257, 300)
+SIZES = [(1, 1), (2, 3), (47, 5), (48, 16), (49, 17), (97, 64), (150, 65), (511, 4), (513, 12)]
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("n_items", "D"), SIZES)
+def test_output_and_score_in_blocks_and_tiles(n_items, D, dtype):
+    for N in EVENTS:
+        H, W_out, y = draw(N, n_items, D, dtype)
+        wide = H.astype(float), W_out.astype(float), y
+        expected = reference.output("softmax", *wide)
+        for found, right in zip(jit.output("softmax", H, W_out, y), expected, strict=True):
+            assert_close(found, right, dtype)
+        nll, rank = jit.score("softmax", H, W_out, y)
+        expected_nll, expected_rank = reference.score("softmax", *wide)
+        assert_close(nll, expected_nll, dtype)
+        assert (nll.dtype, rank.dtype) == (np.float64, np.int32)
+        if dtype == "float64":
+            np.testing.assert_array_equal(rank, expected_rank)
+        assert np.abs(rank - expected_rank).max(initial=0) <= 1
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("size", [0, 20, 60, 100, 600, 1e4])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_output_of_logits_that_are_all_large_or_all_small(size, sign, dtype):
+    """Some blocks need a shift and some do not. Limits grow as the rounding of the logits does."""
+    H, W_out, y = draw(300, 130, 5, dtype)
+    H[:, 0] = 1
+    H[:100, 0] = 0.1
+    W_out[:, 0] += sign * size
+    wide = H.astype(float), W_out.astype(float), y
+    factor = 8 * (1 + size / 100)  # measured: 2.7 in place of 8 in float32, 0.2 in float64
+    for found, right in zip(
+        jit.output("softmax", H, W_out, y), reference.output("softmax", *wide), strict=True
+    ):
+        largest = np.abs(right).max()
+        assert np.abs(found - right).max() <= factor * LIMITS[dtype] * largest
+    nll, _ = jit.score("softmax", H, W_out, y)
+    expected, _ = reference.score("softmax", *wide)
+    assert np.abs(nll - expected).max() <= factor * LIMITS[dtype] * expected.max()
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("n_items", [48, 131])
+def test_equal_rows_tie_to_the_bit(n_items, dtype):
+    """Whatever tile, block or thread they fall in: every rank is the last."""
+    for N, D in ((5, 3), (130, 17), (300, 65)):
+        H, W_out, y = draw(N, n_items, D, dtype)
+        _, rank = jit.score("softmax", H, np.repeat(W_out[:1], n_items, axis=0), y)
+        assert rank.tolist() == [n_items] * N
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_one_item_that_is_not_a_number_is_noticed(dtype):
+    H, W_out, y = draw(40, 60, 5, dtype)
+    W_out[7, 2] = np.nan
+    y[:] = 3
+    assert np.isnan(jit.output("softmax", H, W_out, y)[0])
+    nll, rank = jit.score("softmax", H, W_out, y)
+    assert np.isnan(nll).all()
+    assert (rank > 1).all()
+
+
+# Exponential
+
+
+def test_exp32():
+    """Two units in the last place where the result is a normal number; clamped beyond."""
+    x = np.concatenate([np.linspace(-87, 88.7, 4001), np.linspace(-1, 1, 1001), [0.0, 1e-30]])
+    x = x.astype(np.float32)
+    found = np.array([jit._exp32(v) for v in x], np.float32)
+    exact = np.exp(x.astype(float))
+    assert np.max(np.abs(found - exact) / np.spacing(exact.astype(np.float32))) <= 2
+    assert jit._exp32(np.float32(0)) == 1
+    assert jit._exp32(np.float32(-1e30)) == jit._exp32(np.float32(-87))
+    assert np.isfinite(jit._exp32(np.float32(1e30)))
+    assert np.isnan(jit._exp32(np.float32("nan")))
+
+
+# Work arrays
+
+
+SPEC = Spec(hidden_size=5, dropout_in=0.3, dropout_out=0.3)
+PLAN = Plan(batch=3, window=50, epochs=2, loss_scale="mean")
+RNG = np.random.default_rng(4)
+LOG = from_sequences([RNG.integers(0, 70, n) for n in (140, 0, 90, 1, 61, 12, 7)], 70)
+
+
+def train(spec=SPEC, plan=PLAN):
+    *_, last = training.epochs(spec, Rule(), plan, LOG)
+    return b"".join(block.tobytes() for block in (*last.params, *last.accumulators))
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("cell", ["gru", "tanh"])
+def test_nothing_depends_on_what_work_arrays_hold_before(monkeypatch, cell, dtype):
+    spec = Spec(**{**vars(SPEC), "cell": cell, "dtype": dtype})
+    H, W_out, y = draw(130, 70, 5, dtype)
+
+    def everything():
+        yield train(spec)
+        for result in (jit.output, jit.score):
+            yield from (np.asarray(a).tobytes() for a in result("softmax", H, W_out, y))
+
+    expected = list(everything())
+    empty = np.empty
+
+    def garbage(shape, dtype=float, *args, **kwargs):
+        array = empty(shape, dtype, *args, **kwargs)
+        if array.dtype.kind in "fi":
+            array.fill(np.nan if array.dtype.kind == "f" else -7)
+        return array
+
+    monkeypatch.setattr(np, "empty", garbage)
+    assert list(everything()) == expected
+
+
+@pytest.mark.parametrize("W_in_rows", ["touched", "dense"])
+def test_a_user_alone_shares_nothing(W_in_rows):
+    """One user: W_h has one row whether it is shared or not."""
+    log = from_sequences([RNG.integers(0, 20, 60)], 20)
+    ends = []
+    for sharing in ("collaborative", "pooled"):
+        spec = Spec(hidden_size=4, sharing=sharing)
+        params = model.initialise(spec, 1, 20, 0)
+        rule = Rule(W_in_rows=W_in_rows)
+        plan = Plan(batch=2, window=7, epochs=2)
+        *_, last = training.epochs(spec, rule, plan, log, params=params)
+        ends.append([block.tobytes() for block in (*last.params, *last.accumulators)])
+    assert ends[0] == ends[1]

@@ -1,0 +1,297 @@
+"""The command crnn-np: prepare and fetch."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from crnn_np import data, datasets
+from crnn_np.cli import main
+from crnn_np.errors import DataError
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def fails(*arguments):
+    """Run, expect one line and status 1, return the line."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    [line] = result.output.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+def events(n=3000, seed=0):
+    rng = np.random.default_rng(seed)
+    return zip(
+        rng.integers(0, 12, n),
+        rng.integers(0, 30, n),
+        rng.integers(10**9, 10**9 + 99, n),
+        strict=True,
+    )
+
+
+def table(path, header="user,item,time", separator=","):
+    rows = [separator.join(header.split(","))]
+    rows += [separator.join((f"ü{user}", f"i{item}", f"{time}")) for user, item, time in events()]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def brightkite(path):
+    times = np.datetime_as_string(np.datetime64("2009-01-01", "s") - np.arange(3000), "s")
+    path.write_text(
+        "".join(
+            f"{user}\t{time}Z\t0\t0\tp{item}\n"
+            for (user, item, _), time in zip(events(), times, strict=True)
+        )
+    )
+    return path
+
+
+def test_prepare(tmp_path):
+    source, out = table(tmp_path / "log.csv"), tmp_path / "set"
+    result = run("prepare", source, "--out", out)
+    assert result.exit_code == 0, result.output
+    stats = json.loads((out / "stats.json").read_text())
+    parts = data.load(out)
+    assert stats["users"] == parts.train.n_users == 12
+    assert stats["items"] == parts.train.n_items == 30
+    assert stats["train_events"] + stats["heldout_events"] == 3000
+    assert stats["uniform_nll"] == pytest.approx(np.log(30))
+    assert (stats["lines_read"], stats["lines_skipped"], stats["like"]) == (3000, 0, "table")
+    assert sorted(parts.train.user_ids) == sorted(f"ü{user}" for user in range(12))
+    log = data.read_events(source)
+    whole = data.concatenate(*parts)
+    assert np.array_equal(whole.times, log.times)
+    assert np.array_equal(whole.item_ids[whole.items], log.item_ids[log.items])
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["split", "12", "30", "3,000"] in [row[:4] for row in rows]
+    assert "paper" not in result.output
+
+
+def test_options_reach_the_filter_and_the_split(tmp_path):
+    source, out = table(tmp_path / "log.csv", "who,what,when"), tmp_path / "set"
+    settings = {
+        "--min-item-events": 90,
+        "--min-user-events": 200,
+        "--min-user-entropy": 2.9,
+        "--heldout-fraction": 0.2,
+        "--heldout-range": "5,30",
+        "--max-train-events": 50,
+        "--user-column": "who",
+        "--item-column": "what",
+        "--time-column": "when",
+        "--separator": ",",
+    }
+    result = run("prepare", source, "--out", out, *(x for pair in settings.items() for x in pair))
+    assert result.exit_code == 0, result.output
+    log = data.read_events(source, user_column="who", item_column="what", time_column="when")
+    wanted = data.split(data.filter_events(log, 90, 200, 2.9), 0.2, (5, 30), 50)
+    found = data.load(out)
+    for part, other in zip(wanted, found, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(part, other, strict=True))
+    assert found.heldout.lengths.max() == 30
+    assert found.train.lengths.max() == 50
+
+
+@pytest.mark.parametrize("like", ["brightkite", "lastfm"])
+def test_known_data_stand_beside_the_paper(tmp_path, like):
+    source = tmp_path / "log"
+    if like == "brightkite":
+        brightkite(source)
+    else:
+        source.write_text(
+            "".join(f"u{u}\t{t}\ta{i}\tname\t\t\n" for u, i, t in events()), encoding="utf-8"
+        )
+    result = run("prepare", source, "--like", like, "--out", tmp_path / "set")
+    assert result.exit_code == 0, result.output
+    header, *_, ours, paper, note, _ = result.output.splitlines()
+    known = datasets.KNOWN[like]
+    for number in (known.users, known.items, known.events):
+        assert f"{number:,}" in paper
+    assert f"{known.uniform_nll:.2f}" in paper
+    assert header.index("users") + len("users") == ours.index("12") + len("12")
+    assert note.startswith("Not the paper's counts")
+    stats = data.load_stats(tmp_path / "set")
+    assert stats["like"] == like
+    assert stats["settings"]["min_user_entropy"] == {"brightkite": 2.5, "lastfm": 3.0}[like]
+
+
+def test_malformed_lines_are_told(tmp_path):
+    source, out = table(tmp_path / "log.csv"), tmp_path / "set"
+    lines = source.read_text(encoding="utf-8").splitlines()
+    lines[10] = "u,i"
+    lines[20] = "u,i,noon"
+    source.write_text("\n".join(lines), encoding="utf-8")
+    result = run("prepare", source, "--out", out)
+    assert result.exit_code == 0
+    assert "line 11: 2 columns, not 3; line 21: no readable time" in result.output
+    stats = data.load_stats(out)
+    assert (stats["lines_read"], stats["lines_skipped"]) == (3000, 2)
+    assert [example["line"] for example in stats["malformed"]] == [11, 21]
+    line = fails("prepare", source, "--out", tmp_path / "no", "--max-malformed", 0)
+    assert "line 11" in line
+
+
+def test_force(tmp_path):
+    source, out = table(tmp_path / "log.csv"), tmp_path / "set"
+    assert run("prepare", source, "--out", out).exit_code == 0
+    before = (out / "train.parquet").read_bytes()
+    assert "--force" in fails("prepare", source, "--out", out)
+    assert run("prepare", source, "--out", out, "--force").exit_code == 0
+    assert (out / "train.parquet").read_bytes() == before
+    assert "no prepared data set" in fails("prepare", source, "--out", tmp_path, "--force")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "set"]
+
+
+RUBBISH = np.random.default_rng(0).bytes(100_000)
+GOOD = b"7\t2009-01-02T00:00:05Z\t1.0\t2.0\tplace\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "told"),
+    [
+        (b"", (), "is empty"),
+        (gzip.compress(b""), (), "is empty"),
+        (b"user,item\n", (), "holds no events"),
+        (b"\n\n\n", ("--like", "lastfm"), "holds no events"),
+        (None, (), "no such file"),
+        ("directory", (), "is a directory"),
+        (b"user;item\na;x\n", ("--separator", ","), "no column 'user' among 'user;item'; is ','"),
+        (b"user,item\n" + b"a\tx\n" * 50, (), "no line can be read .*line 2: 1 columns, not 2"),
+        (GOOD.replace(b"\t", b",") * 9, ("--like", "brightkite"), "line 1: 1 columns, not 5"),
+        (GOOD * 9, ("--like", "lastfm"), "line 1: 5 columns, not 6"),
+        (GOOD * 9, (), "line 1: no column 'user' among '7'"),
+        (b"User,thing\na,x\n", (), "no column 'user' .* nearest is 'User': --user-column"),
+        (b"user,thing\na,x\n", (), "no column 'item' among 'user', 'thing'"),
+        (b"user,items\na,x\n", (), "nearest is 'items': --item-column"),
+        (gzip.compress(GOOD * 9)[:-9], ("--like", "brightkite"), "truncated or damaged"),
+        (RUBBISH, (), "binary data"),
+        (RUBBISH, ("--like", "lastfm"), "binary data"),
+        (gzip.compress(RUBBISH), ("--like", "brightkite"), "binary data"),
+        (RUBBISH.replace(b"\0", b""), (), "not UTF-8"),
+        (RUBBISH.replace(b"\0", b""), ("--like", "lastfm"), "can be read as an event"),
+        ("user,item\na,x\n".encode("utf-16"), (), "UTF-16"),
+        (b"PK\3\4" + RUBBISH, (), "is a zip file: unpack it"),
+        (b"PAR1" + RUBBISH, (), "can't be read"),
+        (b"user,item\na,x\n", (), "the filter left nothing: no item .*--min-item-events"),
+        (b"user,item\n" + b"a,x\n" * 10, (), "no user .*--min-user-events"),
+        (b"user,item\n" + b"a,x\n" * 20, (), "entropy .*--min-user-entropy"),
+    ],
+)
+def test_files_that_are_no_log(tmp_path, content, options, told):
+    source = tmp_path / "source"
+    if content == "directory":
+        source.mkdir()
+    elif content is not None:
+        source.write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        raise DataError(fails("prepare", source, "--out", tmp_path / "set", *options))
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["source"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--heldout-range", "3"),
+        ("--heldout-range", "9,3"),
+        ("--heldout-fraction", "2"),
+        ("--like", "gowalla"),
+        ("--nonsense", "1"),
+    ],
+)
+def test_wrong_options(tmp_path, options):
+    result = run("prepare", table(tmp_path / "log.csv"), "--out", tmp_path / "set", *options)
+    assert result.exit_code == 2
+    assert options[0] in result.output
+    assert not (tmp_path / "set").exists()
+
+
+def test_options_that_do_not_fit(tmp_path):
+    source = table(tmp_path / "log.csv")
+    assert "lastfm" in fails("prepare", source, "--out", tmp_path / "set", "--paper-items")
+
+
+def module(*arguments, **environment):
+    command = [sys.executable, "-m", "crnn_np", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items()} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_same_bytes_whatever_the_environment(tmp_path):
+    first = brightkite(tmp_path / "log.txt")
+    second = table(tmp_path / "log.csv")
+    surroundings = [
+        {"PYTHONHASHSEED": "0", "TZ": "UTC", "LC_ALL": "C"},
+        {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "LC_ALL": "C.UTF-8"},
+    ]
+    written = []
+    for number, environment in enumerate(surroundings):
+        for source, like in ((first, "brightkite"), (second, "table")):
+            out = tmp_path / f"{like}{number}"
+            result = module("prepare", source, "--like", like, "--out", out, **environment)
+            assert result.returncode == 0, result.stderr
+        written.append(
+            {
+                (like, name): (tmp_path / f"{like}{number}" / name).read_bytes()
+                for like in ("brightkite", "table")
+                for name in data.FILES
+            }
+        )
+    assert written[0] == written[1]
+
+
+def test_error_of_the_module(tmp_path):
+    result = module("prepare", tmp_path / "none", "--out", tmp_path / "set")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == f"Error: {tmp_path / 'none'}: no such file\n"
+
+
+def test_parquet_source(tmp_path):
+    users, items, times = zip(*events(), strict=True)
+    source = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"user": users, "item": items, "time": times}), source)
+    assert run("prepare", source, "--out", tmp_path / "set").exit_code == 0
+    assert data.load(tmp_path / "set").train.n_items == 30
+
+
+def test_fetch(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    calls = []
+
+    def fetched(*arguments, **options):
+        calls.append((arguments, options))
+        return file
+
+    monkeypatch.setattr(datasets, "fetch", fetched)
+    result = run("fetch", "lastfm", "--to", tmp_path, "--url", "http://localhost/x")
+    assert result.exit_code == 0
+    assert result.output == f"{file}\n"
+    assert calls == [(("lastfm", str(tmp_path), "http://localhost/x"), {"progress": False})]
+
+
+def test_fetch_fails_with_one_line(tmp_path):
+    result = run("fetch", "brightkite", "--to", tmp_path, "--url", "http://127.0.0.1:1/x")
+    assert result.exit_code == 1
+    [_, line] = result.output.splitlines()
+    assert line.startswith("Error: http://127.0.0.1:1/x can't be downloaded")
+    assert run("fetch", "gowalla").exit_code == 2
+
+
+@pytest.mark.parametrize("command", [(), ("prepare",), ("fetch",)])
+def test_help(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
