@@ -26,7 +26,7 @@ _HOMES = {
     "filter_events": "data",
     "from_sequences": "data",
     "load": "data",
-    "read_events": "data",
+    "read_events": "reading",
     "resolve": "presets",
     "split": "data",
 }

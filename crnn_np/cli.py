@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_origin
 
 import click
 
-from . import backends, data, datasets, presets
+from . import backends, data, datasets, presets, reading
 from .errors import CrnnError, ModelError
 from .estimator import CollaborativeRNN
 from .settings import help_texts
@@ -163,7 +163,7 @@ def prepare(
     heldout_fraction,
     heldout_range,
     max_train_events,
-    **reading,
+    **options,
 ):
     """Read, filter and split the log SOURCE; write it to a directory.
 
@@ -178,8 +178,8 @@ def prepare(
         "min_user_entropy": min_user_entropy,
     }
     with _progress(source) as progress:
-        log, n_lines, n_malformed, malformed = data.read_counted(
-            source, like, progress=progress, **reading
+        log, n_lines, n_malformed, malformed = reading.read_counted(
+            source, like, progress=progress, **options
         )
     filtered = data.filter_events(log, **settings)
     parts = data.split(filtered, heldout_fraction, heldout_range, max_train_events)
@@ -197,7 +197,7 @@ def prepare(
                 "heldout_range": list(heldout_range),
                 "max_train_events": max_train_events,
             }
-            | {name: reading[name] for name in ("item", "paper_items", "drop_null_place")},
+            | {name: options[name] for name in ("item", "paper_items", "drop_null_place")},
         },
         replace=force,
     )

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from crnn_np import data, datasets
+from crnn_np import data, datasets, reading
 from crnn_np.cli import main
 from crnn_np.errors import DataError
 
@@ -71,7 +71,7 @@ def test_prepare(tmp_path):
     assert stats["uniform_nll"] == pytest.approx(np.log(30))
     assert (stats["lines_read"], stats["lines_skipped"], stats["like"]) == (3000, 0, "table")
     assert sorted(parts.train.user_ids) == sorted(f"ü{user}" for user in range(12))
-    log = data.read_events(source)
+    log = reading.read_events(source)
     whole = data.concatenate(*parts)
     assert np.array_equal(whole.times, log.times)
     assert np.array_equal(whole.item_ids[whole.items], log.item_ids[log.items])
@@ -96,7 +96,7 @@ def test_options_reach_the_filter_and_the_split(tmp_path):
     }
     result = run("prepare", source, "--out", out, *(x for pair in settings.items() for x in pair))
     assert result.exit_code == 0, result.output
-    log = data.read_events(source, user_column="who", item_column="what", time_column="when")
+    log = reading.read_events(source, user_column="who", item_column="what", time_column="when")
     wanted = data.split(data.filter_events(log, 90, 200, 2.9), 0.2, (5, 30), 50)
     found = data.load(out)
     for part, other in zip(wanted, found, strict=True):
