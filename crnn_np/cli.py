@@ -12,6 +12,7 @@ from typing import Literal, get_args, get_origin
 import click
 
 from . import backends, data, datasets, presets, reading
+from .demo import demo
 from .errors import CrnnError, ModelError
 from .estimator import CollaborativeRNN
 from .settings import help_texts
@@ -42,6 +43,8 @@ def main():
     \b
     crnn-np fetch brightkite --to raw
     crnn-np prepare raw/loc-brightkite_totalCheckins.txt.gz --like brightkite --out bk
+    crnn-np train bk --preset authors --out bk.model
+    crnn-np evaluate bk.model bk
     """
     logger = logging.getLogger("crnn_np")
     logger.setLevel(logging.INFO)
@@ -442,3 +445,6 @@ def evaluate(model, directory, as_json, per_user, n):
         click.echo("\t".join(table))
         for row in zip(*table.values(), strict=True):
             click.echo("\t".join(map(str, row)))
+
+
+main.add_command(demo)

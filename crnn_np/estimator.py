@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from . import backends, evaluation, model, training
 from .data import EventLog
 from .errors import ModelError
@@ -139,7 +137,7 @@ class CollaborativeRNN:
         """Train one more epoch from where the model stands; returns self."""
         if self.params is None:
             self._user_ids, self._item_ids = train.user_ids, train.item_ids
-        self._check_ids(train)
+        model.check_ids(self._user_ids, self._item_ids, train)
         spec, rule, plan = self.settings
         plan = replace(plan, epochs=1, patience=0)
         for _ in self._follow(
@@ -185,7 +183,7 @@ class CollaborativeRNN:
         """
         if self.params is None:
             raise ModelError("the model is not fitted: call fit or load first")
-        self._check_ids(train)
+        model.check_ids(self._user_ids, self._item_ids, train)
         return evaluation.evaluate(
             backends.get(self.backend),
             self.settings.spec,
@@ -199,17 +197,6 @@ class CollaborativeRNN:
     def score(self, train: EventLog, heldout: EventLog) -> float:
         """Minus the error of Eq. 3 in nats per event: larger is better."""
         return -self.evaluate(train, heldout)["nll"]
-
-    def _check_ids(self, log: EventLog) -> None:
-        for what, ours, theirs in (
-            ("users", self._user_ids, log.user_ids),
-            ("items", self._item_ids, log.item_ids),
-        ):
-            if not np.array_equal(ours, theirs):
-                raise ModelError(
-                    f"the model knows {len(ours)} {what} and the data have {len(theirs)}, and they "
-                    "are not the same in the same order; use the data that the model was fitted on"
-                )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the model, its optimiser state, settings and ids to one safetensors file.

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .cells import CELLS
+from .data import EventLog
 from .errors import ModelError
 from .settings import check
 from .windows import INPUT, Window, dropout_keep
@@ -175,6 +176,19 @@ def scatter(
     return backend.sum_rows(window.user[users], dW_h[users]), dW_in
 
 
+def check_ids(user_ids: Array, item_ids: Array, log: EventLog) -> None:
+    """Raise ModelError where a log does not have a model's users and items, in the same order."""
+    for what, ours, theirs in (
+        ("users", user_ids, log.user_ids),
+        ("items", item_ids, log.item_ids),
+    ):
+        if not np.array_equal(ours, theirs):
+            raise ModelError(
+                f"the model knows {len(ours)} {what} and the data have {len(theirs)}, and they are "
+                "not the same in the same order; use the data that the model was fitted on"
+            )
+
+
 def _pack(ids: Array) -> tuple[Array, Array]:
     encoded = [str(i).encode() for i in ids]
     ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
@@ -236,8 +250,13 @@ class Saved(NamedTuple):
     item_ids: Array
 
 
-def load(path: str | os.PathLike) -> Saved:
+def load(path: str | os.PathLike, kind: type = Params) -> Saved:
     """Read a file that `save` wrote.
+
+    Parameters
+    ----------
+    kind : NamedTuple type
+        What ``params`` is: `Params`, or what a baseline has learned.
 
     Raises
     ------
@@ -253,15 +272,15 @@ def load(path: str | os.PathLike) -> Saved:
         with safe_open(path, "numpy") as f:
             metadata = f.metadata() or {}
             arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ModelError(f"{path}: not a safetensors file or cut short ({error})") from error
+    except (SafetensorError, TypeError) as error:  # TypeError: a type that NumPy lacks
+        raise ModelError(f"{path}: not a model file or cut short ({error})") from error
     if metadata.get("format") != FORMAT:
         raise ModelError(
             f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; "
             "was it written by another program or version?"
         )
     try:
-        params = Params(*(arrays[f"params.{k}"] for k in Params._fields))
+        params = kind(*(arrays[f"params.{k}"] for k in kind._fields))
         acc = None
         if "accumulators.step" in arrays:
             acc = Accumulators(*(arrays[f"accumulators.{k}"] for k in Accumulators._fields))

@@ -7,9 +7,8 @@ history before it, the training part included: the first one from the last train
 
 import importlib
 import inspect
-import json
 import os
-from pathlib import Path
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -76,7 +75,7 @@ def validation_parts(
     return *cut_tail(train, validation_lengths(Plan(), train.lengths)), train
 
 
-class Baseline:
+class Baseline(ABC):
     """What the baselines share.
 
     Attributes
@@ -92,16 +91,16 @@ class Baseline:
         self.learned: Any = None
         self._user_ids = self._item_ids = None
 
+    @abstractmethod
     def _fit(self, train: EventLog, validation: EventLog | None) -> Any:
         """What is learned from a log."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _score(self, events: Targets) -> tuple[np.ndarray, np.ndarray]:
         """Negative log-likelihood float64[N] in nats and rank int64[N] of each target.
 
         Rank 1 is best; items that score the same as the target are ranked before it.
         """
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.get_params().items())
@@ -175,15 +174,7 @@ class Baseline:
             The model is not fitted, or was fitted on other users or items.
         """
         self._check_fitted()
-        for what, ours, theirs in (
-            ("users", self._user_ids, train.user_ids),
-            ("items", self._item_ids, train.item_ids),
-        ):
-            if not np.array_equal(ours, theirs):
-                raise ModelError(
-                    f"the model knows {len(ours)} {what} and the data have {len(theirs)}, and they "
-                    "are not the same in the same order; use the data that the model was fitted on"
-                )
+        model.check_ids(self._user_ids, self._item_ids, train)
         events = targets(train, heldout)
         nll, rank = self._score(events)
         return summarise(events.user, events.first, nll, rank, train.n_users, n, per_user)
@@ -217,24 +208,11 @@ class Baseline:
         ModelError
             There is no such file, or it is not a model of this class.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise ModelError(f"{path}: no such model file; `save` writes one")
-        try:
-            with safe_open(path, "numpy") as f:
-                settings = json.loads((f.metadata() or {}).get("settings", "{}"))
-                arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ModelError(f"{path}: not a safetensors file or cut short ({error})") from error
-        kind = settings.pop("baseline", None)
+        saved = model.load(path, cls.Learned)
+        kind = saved.settings.pop("baseline", None)
         if kind != cls.__name__:
-            found = f"a {kind}" if kind else "no baseline"
-            raise ModelError(f"{path}: this is {found}, a {cls.__name__} was expected")
-        loaded = cls(**settings)
-        loaded.learned = cls.Learned(*(arrays[f"params.{name}"] for name in cls.Learned._fields))
-        loaded._user_ids, loaded._item_ids = (
-            model._unpack(arrays[f"{name}.utf8"], arrays[f"{name}.ends"])
-            for name in ("user_ids", "item_ids")
-        )
+            raise ModelError(f"{path}: this is a {kind}, a {cls.__name__} was expected")
+        loaded = cls(**saved.settings)
+        loaded.learned = saved.params
+        loaded._user_ids, loaded._item_ids = saved.user_ids, saved.item_ids
         return loaded
