@@ -273,7 +273,9 @@ def load(path: str | os.PathLike, kind: type = Params) -> Saved:
             metadata = f.metadata() or {}
             arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError) as error:  # TypeError: a type that NumPy lacks
-        raise ModelError(f"{path}: not a safetensors file of NumPy arrays, or cut short ({error})") from error
+        raise ModelError(
+            f"{path}: not a safetensors file of NumPy arrays, or cut short ({error})"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise ModelError(
             f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; "

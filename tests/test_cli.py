@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from crnn_np import data, datasets, reading
 from crnn_np.cli import main
 from crnn_np.errors import DataError
+from crnn_np.estimator import CollaborativeRNN
 
 
 def run(*arguments):
@@ -295,3 +296,94 @@ def test_help(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+# train and evaluate
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A small prepared data set, and the same one as if it came from Last.fm."""
+    rng = np.random.default_rng(0)
+    log = data.from_sequences([rng.integers(0, 9, n) for n in (30, 40, 25)], 9)
+    parts = data.cut_tail(log, [3, 4, 0])
+    folder = tmp_path_factory.mktemp("prepared")
+    for like in ("table", "lastfm"):
+        data.save(parts, folder / like, {"like": like, "lines_read": 95, "lines_skipped": 0})
+    return folder
+
+
+SMALL = ("--preset", "authors", "--backend", "numpy", "--hidden-size", 3, "--epochs", 2)
+
+
+def test_train_then_evaluate(prepared, tmp_path):
+    out = tmp_path / "small.model"
+    result = run("train", prepared / "table", "--out", out, *SMALL, "--dropout-out", 0.1)
+    assert result.exit_code == 0, result.output
+    assert "epoch 2/2: loss" in result.output
+    assert "events/s" in result.output
+    first, *epochs = map(json.loads, (tmp_path / "small.model.jsonl").read_text().splitlines())
+    assert (first["settings"]["hidden_size"], first["settings"]["dropout_out"]) == (3, 0.1)
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert all(line["events"] == 85 and line["loss"] > 0 for line in epochs)
+
+    result = run("evaluate", out, prepared / "table", "--json", "--per-user", "-n", 2)
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.output)
+    model = CollaborativeRNN.load(out)
+    parts = data.load(prepared / "table")
+    assert scores["nll"] == model.evaluate(*parts)["nll"]
+    assert scores["per_user"]["user"] == ["0", "1"]
+    assert np.mean(scores["per_user"]["nll"]) == pytest.approx(scores["nll"])
+    result = run("evaluate", out, prepared / "table")
+    assert f"{scores['nll']:.4f}" in result.output
+    assert "7 held-out events of 2 of 3 users" in result.output
+
+
+def test_early_stopping_reports_both_phases(prepared, tmp_path):
+    out = tmp_path / "small.model"
+    arguments = ("--patience", 1, "--validation-range", "2,2", "--log", tmp_path / "log")
+    result = run("train", prepared / "table", "--out", out, *SMALL, *arguments)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()[1:]]
+    chosen = [line for line in lines if line["phase"] == "choose"]
+    refit = [line for line in lines if line["phase"] == "refit"]
+    assert all(line["validation"]["nll"] > 0 for line in chosen)
+    assert len(refit) == chosen[-1]["best_epoch"]
+    assert "validation" in result.output
+
+
+def test_the_preset_follows_the_kind_of_log(prepared, tmp_path):
+    for like, hidden_size in (("table", 32), ("lastfm", 128)):
+        out = tmp_path / like
+        arguments = ("--preset", "authors", "--backend", "numpy", "--epochs", 1)
+        assert run("train", prepared / like, "--out", out, *arguments).exit_code == 0
+        assert CollaborativeRNN.load(out).settings.spec.hidden_size == hidden_size
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda a, p: [*a[:2], p / "nowhere" / "m", *a[3:]], "its folder does not exist"),
+        (lambda a, p: [p / "nowhere", *a[1:]], "no such directory"),
+        (lambda a, p: [*a, "--dropout-in", "1.5"], "dropout_in is 1.5: expected 0 to 0.99"),
+        (lambda a, p: [*a, "--learning-rate", "-1"], "learning_rate is -1.0: expected 0 to 10"),
+    ],
+)
+def test_train_refuses(prepared, tmp_path, change, error):
+    arguments = change([prepared / "table", "--out", tmp_path / "m", *SMALL], tmp_path)
+    assert error in fails("train", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_refuses(prepared, tmp_path):
+    out = tmp_path / "m"
+    assert run("train", prepared / "table", "--out", out, *SMALL).exit_code == 0
+    other = data.cut_tail(data.from_sequences([[0, 1, 2, 3], [1, 2, 3, 0]], 4), [1, 1])
+    data.save(other, tmp_path / "other", {"like": "table", "lines_read": 8, "lines_skipped": 0})
+    for model, directory, error in (
+        (tmp_path / "nothing", prepared / "table", "no such model file"),
+        (prepared / "table" / "stats.json", prepared / "table", "not a safetensors file"),
+        (out, tmp_path / "other", "the model knows 3 users and the data have 2"),
+    ):
+        assert error in fails("evaluate", model, directory)

@@ -187,7 +187,7 @@ def others(folder):
         ("one byte short", "cut short"),
         ("one byte too long", "not a safetensors file"),
         ("text", "not a safetensors file"),
-        ("of types that NumPy lacks", "of types that NumPy lacks"),
+        ("of types that NumPy lacks", "not a safetensors file of NumPy arrays"),
         ("without metadata", "format is None"),
         ("of another program", "format is 'pt'"),
         ("of another version", "format is 'crnn_np model 999'"),

@@ -8,7 +8,7 @@ import pytest
 
 from crnn_np import backends, model, training
 from crnn_np.data import concatenate, cut_tail, from_sequences
-from crnn_np.errors import TrainingError
+from crnn_np.errors import SettingsError, TrainingError
 from crnn_np.evaluation import evaluate
 from crnn_np.model import Spec
 from crnn_np.optim import Rule
@@ -269,10 +269,6 @@ def test_a_log_without_a_pair_of_events(backend):
         np.testing.assert_array_equal(before, after)
 
 
-def test_no_epoch_gives_no_report():
-    assert train(with_(epochs=0)) == []
-
-
 def test_progress():
     calls = []
     train(with_(epochs=1), progress=lambda *args: calls.append(args))
@@ -453,7 +449,7 @@ def test_the_validation_part_is_as_long_as_the_held_out_part(fraction):
 
 def test_early_stopping_takes_no_parameters():
     params = model.initialise(SPEC, 6, 12, 3)
-    with pytest.raises(ValueError, match="patience"):
+    with pytest.raises(SettingsError, match="patience is 1"):
         train(with_(epochs=2, patience=1), params=params)
 
 
@@ -507,11 +503,6 @@ def test_a_validation_error_that_is_never_finite(temporary, monkeypatch, value):
     with pytest.raises(TrainingError, match=f"validation error was {value}"):
         train(with_(epochs=9, patience=3))
     assert not list(temporary.iterdir())
-
-
-def test_no_epoch_to_choose_from():
-    with pytest.raises((TrainingError, ValueError)):
-        train(with_(epochs=0, patience=1))
 
 
 def test_the_kept_parameters_are_on_disk_and_go(temporary, monkeypatch):
