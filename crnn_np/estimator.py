@@ -29,6 +29,9 @@ class CollaborativeRNN:
     Attributes
     ----------
     settings : Settings
+        Of the next fit.
+    fitted : Settings or None
+        Of the parameters.
     params : Params or None
         W_h real[U or 1, D, G*D], W_in real[I, G*D], W_out real[I, D] once fitted.
     accumulators : Accumulators or None
@@ -58,6 +61,7 @@ class CollaborativeRNN:
         self.settings: Settings = resolve(preset, like, **settings)
         backends.check_name(backend)
         self.backend = backend
+        self.fitted: Settings | None = None
         self.params: model.Params | None = None
         self.accumulators: model.Accumulators | None = None
         self.reports: list[training.Report] = []
@@ -80,8 +84,12 @@ class CollaborativeRNN:
         return {"preset": None, "backend": self.backend, **self.settings.flat()}
 
     def set_params(self, **settings: Any) -> "CollaborativeRNN":
-        """Change settings for the next fit; returns self."""
-        changed = CollaborativeRNN(**(self.get_params() | settings))
+        """Change settings for the next fit; returns self.
+
+        A preset replaces all of them but the backend.
+        """
+        kept = {"backend": self.backend} if "preset" in settings else self.get_params()
+        changed = CollaborativeRNN(**(kept | settings))
         self.settings, self.backend = changed.settings, changed.backend
         return self
 
@@ -101,8 +109,9 @@ class CollaborativeRNN:
         progress : callable, optional
             Called with (events done, events of the epoch, summed loss).
         """
+        self.params = self.accumulators = None
         self.reports, self._epoch = [], 0
-        self._user_ids, self._item_ids = train.user_ids, train.item_ids
+        self._begin(train)
         yield from self._follow(
             training.epochs(
                 *self.settings,
@@ -112,6 +121,10 @@ class CollaborativeRNN:
                 progress=progress,
             )
         )
+
+    def _begin(self, train: EventLog) -> None:
+        self.fitted = self.settings
+        self._user_ids, self._item_ids = train.user_ids, train.item_ids
 
     def _follow(self, reports: Iterator[training.Report]) -> Iterator[training.Report]:
         for report in reports:
@@ -134,11 +147,24 @@ class CollaborativeRNN:
         return self
 
     def partial_fit(self, train: EventLog) -> "CollaborativeRNN":
-        """Train one more epoch from where the model stands; returns self."""
-        if self.params is None:
-            self._user_ids, self._item_ids = train.user_ids, train.item_ids
-        model.check_ids(self._user_ids, self._item_ids, train)
+        """Train one more epoch from where the model stands; returns self.
+
+        Raises
+        ------
+        ModelError
+            The model was fitted on other users or items, or with another `Spec` (only the dropout
+            rates may change).
+        """
         spec, rule, plan = self.settings
+        if self.params is None:
+            self._begin(train)
+        model.check_ids(self._user_ids, self._item_ids, train)
+        old = self.fitted.spec
+        if replace(old, dropout_in=spec.dropout_in, dropout_out=spec.dropout_out) != spec:
+            raise ModelError(
+                f"the model was fitted with {old} and can't go on with {spec}; call fit"
+            )
+        self.fitted = self.settings
         plan = replace(plan, epochs=1, patience=0)
         for _ in self._follow(
             training.epochs(
@@ -183,10 +209,11 @@ class CollaborativeRNN:
         """
         if self.params is None:
             raise ModelError("the model is not fitted: call fit or load first")
-        model.check_ids(self._user_ids, self._item_ids, train)
+        for log in (train, heldout):
+            model.check_ids(self._user_ids, self._item_ids, log)
         return evaluation.evaluate(
             backends.get(self.backend),
-            self.settings.spec,
+            self.fitted.spec,
             self.params,
             train,
             heldout,
@@ -208,7 +235,8 @@ class CollaborativeRNN:
         """
         if self.params is None:
             raise ModelError("the model is not fitted: there is nothing to save")
-        settings = self.get_params() | {"epochs_done": self._epoch}
+        settings = {"preset": None, "backend": self.backend, **self.fitted.flat()}
+        settings["epochs_done"] = self._epoch
         model.save(path, self.params, self.accumulators, settings, self._user_ids, self._item_ids)
 
     @classmethod
@@ -223,6 +251,7 @@ class CollaborativeRNN:
         saved = model.load(path)
         epochs_done = saved.settings.pop("epochs_done")
         loaded = cls(**saved.settings)
+        loaded.fitted = loaded.settings
         loaded.params, loaded.accumulators = saved.params, saved.accumulators
         loaded._user_ids, loaded._item_ids = saved.user_ids, saved.item_ids
         loaded._epoch = epochs_done

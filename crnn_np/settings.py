@@ -31,6 +31,9 @@ def check(settings: Any, **bounds: tuple[float, float]) -> None:
             if value not in get_args(field.type):
                 choices = ", ".join(map(repr, get_args(field.type)))
                 raise SettingsError(f"{field.name} is {value!r}: expected one of {choices}")
+        elif field.type is bool:
+            if not isinstance(value, bool):
+                raise SettingsError(f"{field.name} is {value!r}: expected True or False")
         elif field.type in (int, float):
             number = isinstance(value, int if field.type is int else (int, float))
             if not number or isinstance(value, bool):

@@ -114,7 +114,7 @@ def _clipped(grads: Grads, limit: float) -> Grads:
     norm = np.sqrt(sum(np.sum(b * b, dtype=np.float64) for b in (*blocks, grads.W_out)))
     if norm <= limit:
         return grads
-    factor = limit / norm
+    factor = float(limit / norm)
     W_h, W_in = (g._replace(values=g.values * factor) for g in (grads.W_h, grads.W_in))
     return Grads(W_h, W_in, grads.W_out * factor)
 

@@ -68,10 +68,11 @@ class Plan:
         bounds = {"batch": (1, 1 << 16), "window": (1, 1 << 16), "epochs": (1, 1 << 31)}
         bounds |= {"patience": (0, 1 << 31), "validation_fraction": (0, 0.5)}
         check(self, **bounds, seed=(0, 1 << 62))
-        shortest, longest = self.validation_range
-        if not 1 <= shortest <= longest:
+        pair = self.validation_range
+        whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair)
+        if not whole or not 1 <= pair[0] <= pair[1]:
             raise SettingsError(
-                f"validation_range is {self.validation_range}: expected 1 <= shortest <= longest"
+                f"validation_range is {pair!r}: expected whole numbers, 1 <= shortest <= longest"
             )
 
     @property

@@ -6,6 +6,7 @@ there ties with every other unseen item and stands behind those that were seen: 
 """
 
 import logging
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,9 +76,9 @@ class NGram(Baseline):
             raise SettingsError(f"epsilon is {epsilon!r}: a positive number or None was expected")
         self.epsilon = epsilon
 
+    @abstractmethod
     def _contexts(self, log: EventLog) -> Array:
         """int64[E]: what each event is predicted from, in [0, I); -1 where there is nothing."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         if self.learned is None:

@@ -5,6 +5,7 @@ from dataclasses import fields
 from importlib import resources
 from typing import Any, NamedTuple
 
+from ..datasets import KNOWN
 from ..errors import SettingsError
 from ..model import Spec
 from ..optim import Rule
@@ -12,6 +13,7 @@ from ..settings import nearest
 from ..windows import Plan
 
 CLASSES = (Spec, Rule, Plan)
+LIKES = (*KNOWN, "table")
 
 
 class Settings(NamedTuple):
@@ -56,12 +58,14 @@ def resolve(preset: str | None = "paper", like: str | None = None, **changes: An
         chosen = tomllib.loads((resources.files(__name__) / f"{preset}.toml").read_text("utf-8"))
         special = chosen.pop("like", {})
         chosen |= special.get(like, {})
+    if like is not None and like not in LIKES:
+        raise SettingsError(f"like is {like!r}: {nearest(like, LIKES)}")
     chosen |= changes
     known = [f.name for cls in CLASSES for f in fields(cls)]
     for name in chosen:
         if name not in known:
             raise SettingsError(f"there is no setting {name!r}: {nearest(name, known)}")
-    if "validation_range" in chosen:
+    if isinstance(chosen.get("validation_range"), list):
         chosen["validation_range"] = tuple(chosen["validation_range"])
     parts = []
     for cls in CLASSES:
