@@ -98,7 +98,7 @@ class NGram(Baseline):
             errors[epsilon] = scores["nll"]
         epsilon = min(errors, key=errors.get)
         name = type(self).__name__
-        log_.info("%s: validation error %.4f with epsilon %.3g", name, errors[epsilon], epsilon)
+        log_.debug("%s: validation error %.4f with epsilon %.3g", name, errors[epsilon], epsilon)
         return self.Learned(*self._count(whole), np.array([epsilon]))
 
     def _count(self, log: EventLog) -> tuple[Array, Array]:
