@@ -2,6 +2,7 @@
 
     python bench/choose.py DIR [--out bench/choose.jsonl] [--max-epochs 30]
 
+At the end the best setting runs without stopping, and each patience is read off its curve.
 Stages of a coordinate search: each varies one or two settings around the best so far (Eq. 3 on the
 validation part, cut from the end of each user's training part). Every trial is one line of the
 output; a trial that is there already is not run again, so the search can be stopped and resumed.
@@ -33,11 +34,22 @@ STAGES = (
     {"hidden_size": (16, 32, 64)},
 )
 PATIENCE = 2
+PATIENCES = (1, 2, 3, 4, 5)
 
 
-def run_trial(train: crnn_np.EventLog, chosen: dict, max_epochs: int) -> dict:
+def stopped_at(curve: list[float], patience: int) -> float:
+    """Lowest error that early stopping with this patience sees of a whole curve."""
+    for epoch in range(len(curve)):
+        if epoch - min(range(epoch + 1), key=curve.__getitem__) >= patience:
+            return min(curve[: epoch + 1])
+    return min(curve)
+
+
+def run_trial(
+    train: crnn_np.EventLog, chosen: dict, max_epochs: int, patience: int = PATIENCE
+) -> dict:
     """Validation error after each epoch of one setting, until it stops falling."""
-    settings = crnn_np.resolve("paper", **chosen, epochs=max_epochs, patience=PATIENCE)
+    settings = crnn_np.resolve("paper", **chosen, epochs=max_epochs, patience=patience)
     began, curve = time.time(), []
     try:
         for report in crnn_np.epochs(*settings, train):
@@ -87,6 +99,13 @@ def main(directory: Path, out: Path, max_epochs: int) -> None:
             sys.stdout.flush()
         best = min(trials, key=lambda r: r.get("validation_nll", float("inf")))["settings"]
         click.echo(f"best so far: {best}")
+    whole = next((r for r in records if "whole" in r), None)
+    if whole is None:
+        whole = {"whole": run_trial(train, best, max_epochs, patience=max_epochs)}
+        with out.open("a") as file:
+            file.write(json.dumps(whole) + "\n")
+    for patience in PATIENCES:
+        click.echo(f"patience {patience}: {stopped_at(whole['whole']['curve'], patience)}")
 
 
 if __name__ == "__main__":

@@ -535,7 +535,7 @@ def _row_length(n: int, dtype: np.dtype) -> int:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Array:
-    """Zeros that begin on a cache line: a vector across two lines takes twice the time."""
+    """Zeros that begin on a cache line, so that no vector lies across two."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.zeros(size + LINE, np.uint8)
     skip = -memory.ctypes.data % LINE
