@@ -1,37 +1,48 @@
 """The Numba backend: the functions of the reference, compiled, and a fused run of windows.
 
-The output layer is nearly all of the time: three matrix products of D x I x N. It goes over blocks
-of events and tiles of `TILE` items, and the logits never exist as a whole. With E item-major,
-E[i, n] = exp(logit of item i at event n - shift[n]), one thread owns a stretch of tiles:
+The output layer is nearly all of the time: three matrix products of D x I x N. Its logits never
+exist as a whole. It goes over blocks of events and tiles of `TILE` items; E is item-major, and for
+event n of a block E[i, n] = exp(logit of item i). One pass over the tiles does, tile by tile:
 
-    first pass    logits of a tile into E, exp in place, their sums S over items, and
-                  U += W_out^T E, from which dH = U / S - W_out[y]; the tile stays in cache
-    second pass   dW_out = E (H / S), with S taken off E at the targets before; RMSprop moves the
-                  tile of W_out at once, so that dW_out is never stored whole
+    dW_out = E G of the block before; where that block ended its window, RMSprop moves W_out
+    E = exp(W_out H^T) of this block in the registers of the product, and its sums S over items
+    U += W_out^T E, from which dH = U / S - W_out[y]
 
-shift is 0: exp is scale-free as long as the sums neither overflow nor vanish. Where one does, the
-block is done again with the largest logit of each event as shift.
+with G = H / S and S taken off E at the targets in between. So the update of one window shares its
+pass with the logits of the next: E is read and written once a block, while the tile is in the
+second-level cache, and the next tile's E is fetched during the first product. The last update of a
+run has a pass of its own. E, S and U of a thread's tiles are its own, and so are those rows of
+W_out: a thread owns the same stretch of items throughout.
 
-`_product` is the one matrix product: a block of rows by vectors of sums held in registers, its k-th
+There is no pass for the largest logit: exp is scale-free as long as the sums neither overflow nor
+vanish. Where one does, the block is done again with the largest logit of each event as a shift.
+
+`_product` is the one matrix product: blocks of rows by vectors of sums held in registers, the k-th
 step a broadcast of each row's element times those vectors. Every score is summed in the same order,
 so equal rows of W_out score the same to the bit and ties are exact. Vectors are as wide as the
-processor's; no BLAS is called, so no second kind of threads competes.
+processor's. No BLAS is called, so no second kind of threads competes.
 
-Numba's work queue is the threading layer unless another was chosen: it does not spin when another
-process wants a core. It must not be entered from two Python threads at once.
+Threads are Python's: each runs the same compiled function without the interpreter's lock, its share
+given by its number, and they meet at `_meet`, which spins for microseconds and then yields, so that
+another process that wants a core gets it. Which thread sums what depends on the number of threads
+alone: the bytes of a result repeat.
 
 Kernels of the recurrent network live in this file alone, since Numba's disk cache watches no other.
 """
 
+import logging
 import math
-from typing import NamedTuple
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 from ..data import EventLog
@@ -57,17 +68,15 @@ __all__ = [
 
 Array = np.ndarray
 
-if numba.config.THREADING_LAYER == "default":
-    numba.config.THREADING_LAYER = "workqueue"
+log_ = logging.getLogger(__name__)
 
-TILE = 48  # items; E of a tile fits in the first-level cache
+TILE = 96  # items; E of a tile fits in the second-level cache beside its rows of W_out
 TANH, GRU, GRU_SIGMOID = 0, 1, 2
 KINDS = {"tanh": TANH, "gru": GRU, "gru-sigmoid": GRU_SIGMOID}
 
-FAST = {"contract", "reassoc", "nsz", "arcp"}
+FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}
 FAITHFUL = {"contract"}  # reassociation would undo the argument reduction of exp
 serial = njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
-threads = njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST, parallel=True)
 exact = njit(cache=True, nogil=True, error_model="numpy", fastmath=FAITHFUL)
 
 
@@ -168,163 +177,570 @@ def _rmsprop(w, ms, g, learning_rate, rho, rest, eps):
         w[j] -= learning_rate * g[j] / math.sqrt(ms[j] + eps)
 
 
+# ---------------------------------------------------------------- threads
+
+
+@intrinsic
+def _add(context, array, index, value):
+    """array[index] += value in one step that no other thread divides; returns what it was."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), args[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _read(context, array, index):
+    """array[index], never from a register."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load_atomic(builder.gep(data, [args[1]]), "seq_cst", 8)
+
+    return types.int64(array, types.intp), codegen
+
+
+_yield = types.ExternalFunction(
+    "SwitchToThread" if os.name == "nt" else "sched_yield", types.int32()
+)
+
+SPINS = 30_000  # looks at the gate before the core is offered to others
+ARRIVED, ROUND = 0, 8  # a cache line apart
+
+
+@serial
+def _meet(n, gate):
+    """Wait until all n threads are here; what they wrote before is seen after."""
+    if n == 1:
+        return
+    now = _read(gate, ROUND)
+    if _add(gate, ARRIVED, 1) == n - 1:
+        _add(gate, ARRIVED, -n)
+        _add(gate, ROUND, 1)
+        return
+    spins = 0
+    while _read(gate, ROUND) == now:
+        spins += 1
+        if spins > SPINS:
+            _yield()
+
+
+def _together(n: int, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Results of kernel(p, n, gate, *arguments) in n threads, p = 0 in the caller's."""
+    gate = np.zeros(16, np.int64)
+    results = [None] * n
+
+    def work(p: int) -> None:
+        results[p] = kernel(np.int64(p), np.int64(n), gate, *arguments)
+
+    others = [threading.Thread(target=work, args=(p,)) for p in range(1, n)]
+    for thread in others:
+        thread.start()
+    work(0)
+    for thread in others:
+        thread.join()
+    return results
+
+
+@serial
+def _share(p, n, count, unit):
+    """First and last + 1 of `count` things that thread p of n has, whole units of `unit`."""
+    units = (count + unit - 1) // unit
+    return min(p * units // n * unit, count), min((p + 1) * units // n * unit, count)
+
+
+# ---------------------------------------------------------------- matrix product
+
+_features = (
+    cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+)  # what Numba compiles for
+AVX512 = "+avx512f" in _features
+VECTOR_BYTES = 64 if AVX512 else 32 if "+avx2" in _features else 16
+ROWS = 8 if AVX512 or "+neon" in _features else 6  # 32 vector registers, else 16
+
+LOG2_E = 1 / math.log(2)
+EXP2 = {  # coefficients of 2^x, -1/2 <= x <= 1/2, but for the constant 1
+    32: (  # fitted to the smallest relative error, 9.1e-8
+        0.6931470036506653,
+        0.24022242426872253,
+        0.05550733581185341,
+        0.009671512991189957,
+        0.0013264723820611835,
+    ),
+    64: tuple(math.log(2) ** n / math.factorial(n) for n in range(1, 14)),
+}
+
+
+def _lanes(dtype: np.dtype) -> int:
+    """Elements of a vector."""
+    return VECTOR_BYTES // np.dtype(dtype).itemsize
+
+
+def _function(builder, name, result, *arguments):
+    return cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, arguments), f"llvm.{name}"
+    )
+
+
+def _vector_exp2(builder, x, bits, lanes):
+    """2^x of a vector, as LLVM: x = k + r with k whole; saturates, keeps NaN."""
+    real = ir.FloatType() if bits == 32 else ir.DoubleType()
+    whole = ir.IntType(bits)
+    vector, integers = ir.VectorType(real, lanes), ir.VectorType(whole, lanes)
+    digits, bias = (23, 127) if bits == 32 else (52, 1023)
+
+    def constant(value):
+        return ir.Constant(vector, [float(np.float32(value)) if bits == 32 else value] * lanes)
+
+    def polynomial(r):
+        p = constant(EXP2[bits][-1])
+        for c in (*EXP2[bits][-2::-1], 1.0):
+            p = builder.call(fma, [p, r, constant(c)])
+        return p
+
+    shape = f"v{lanes}f{bits}"
+    fma = _function(builder, f"fmuladd.{shape}", vector, vector, vector, vector)
+    rint = _function(builder, f"rint.{shape}", vector, vector)
+    if AVX512 and bits == 32:
+        k = builder.call(rint, [x])
+        mask, mode = ir.IntType(16), ir.IntType(32)
+        scalef = _function(
+            builder, "x86.avx512.mask.scalef.ps.512", vector, vector, vector, vector, mask, mode
+        )
+        p = polynomial(builder.fsub(x, k))
+        return builder.call(scalef, [p, k, constant(0.0), mask(-1), mode(4)])
+    low, high = constant(1.0 - bias), constant(bias + 0.4)
+    x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
+    k = builder.call(rint, [x])
+    p = polynomial(builder.fsub(x, k))
+    exponent = builder.add(builder.fptosi(k, integers), ir.Constant(integers, [bias] * lanes))
+    scale = builder.shl(exponent, ir.Constant(integers, [digits] * lanes))
+    return builder.fmul(p, builder.bitcast(scale, vector))
+
+
+ALONG_K, ALONG_M = 0, 1  # the direction in which A's elements are neighbours
+
+
+def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
+    """The LLVM code of `_block` and `_exp_block`, whose docstrings say what it does.
+
+    types_of : Numba types of the arrays A, B, C, P and S (the last two or None).
+    values : add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, S, so; None for what
+    is not there.
+    """
+    add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, S, so = values
+    masked, n_vectors = n_vectors == 0, max(n_vectors, 1)
+    bits = types_of[0].dtype.bitwidth
+    lanes = VECTOR_BYTES * 8 // bits
+    i1, i8, i32, i64 = (ir.IntType(n) for n in (1, 8, 32, 64))
+    vector = ir.VectorType(ir.FloatType() if bits == 32 else ir.DoubleType(), lanes)
+    pointer_type, shape, nothing = vector.as_pointer(), f"v{lanes}f{bits}", ir.VoidType()
+    undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0.0] * lanes)
+    everywhere = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
+    fma = _function(builder, f"fmuladd.{shape}", vector, vector, vector, vector)
+    if masked:
+        flags, numbers = ir.VectorType(i1, lanes), ir.VectorType(i64, lanes)
+        count = builder.insert_element(ir.Constant(numbers, ir.Undefined), left, i32(0))
+        count = builder.shuffle_vector(count, count, everywhere)
+        mask = builder.icmp_signed("<", ir.Constant(numbers, list(range(lanes))), count)
+        masked_load = _function(
+            builder, f"masked.load.{shape}.p0", vector, pointer_type, i32, flags, vector
+        )
+        masked_store = _function(
+            builder, f"masked.store.{shape}.p0", nothing, vector, pointer_type, i32, flags
+        )
+
+    def pointer(kind, array, offset):
+        return builder.gep(context.make_array(kind)(context, builder, array).data, [offset])
+
+    def at(base, n):
+        return builder.gep(base, [i64(n)])
+
+    def load(p):
+        p = builder.bitcast(p, pointer_type)
+        if masked:
+            return builder.call(masked_load, [p, i32(bits // 8), mask, zeros])
+        return builder.load(p, align=bits // 8)
+
+    def store(value, p):
+        p = builder.bitcast(p, pointer_type)
+        if masked:
+            builder.call(masked_store, [value, p, i32(bits // 8), mask])
+        else:
+            builder.store(value, p, align=bits // 8)
+
+    def spread(p):
+        one = builder.insert_element(undefined, builder.load(p), i32(0))
+        return builder.shuffle_vector(one, undefined, everywhere)
+
+    starts = [pointer(types_of[0], A, ao), pointer(types_of[1], B, bo)]
+    strides = [i64(1) if along_k else stride, bks]
+    if P is not None:
+        starts.append(pointer(types_of[3], P, po))
+        strides.append(pks)
+    steps = [builder.mul(stride, i64(i)) if along_k else i64(i) for i in range(n_rows)]
+    c = pointer(types_of[2], C, co)
+    c_rows = [builder.gep(c, [builder.mul(crs, i64(i))]) for i in range(n_rows)]
+    cells = [at(row, lanes * v) for row in c_rows for v in range(n_vectors)]
+
+    before, loop, done = (builder.append_basic_block(n) for n in ("before", "product", "done"))
+    entry = builder.block
+    builder.cbranch(builder.trunc(add, i1), before, loop)
+    builder.position_at_end(before)
+    previous = [load(cell) for cell in cells]
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(i64)
+    moving = [builder.phi(start.type) for start in starts]
+    sums = [builder.phi(vector) for _ in cells]
+    b_vectors = [load(at(moving[1], lanes * v)) for v in range(n_vectors)]
+    if P is not None:
+        fetch = _function(builder, "prefetch.p0", nothing, i8.as_pointer(), i32, i32, i32)
+        ahead = builder.bitcast(moving[2], i8.as_pointer())
+        builder.call(fetch, [ahead, i32(0), i32(2), i32(1)])
+    new = []
+    for i in range(n_rows):
+        a_ik = spread(builder.gep(moving[0], [steps[i]]))
+        for v in range(n_vectors):
+            new.append(builder.call(fma, [a_ik, b_vectors[v], sums[i * n_vectors + v]]))
+    next_k = builder.sub(k, i64(1))
+    moved = [builder.gep(p, [by]) for p, by in zip(moving, strides, strict=True)]
+    for phi, first, again, value in zip(
+        [k, *moving, *sums],
+        [K, *starts, *[zeros] * len(cells)],
+        [K, *starts, *previous],
+        [next_k, *moved, *new],
+        strict=True,
+    ):
+        phi.add_incoming(first, entry)
+        phi.add_incoming(again, before)
+        phi.add_incoming(value, loop)
+    builder.cbranch(builder.icmp_signed(">", next_k, i64(0)), loop, done)
+    builder.position_at_end(done)
+    if S is not None:
+        new = [_vector_exp2(builder, value, bits, lanes) for value in new]
+        for v in range(n_vectors):
+            total = at(pointer(types_of[4], S, so), lanes * v)
+            value = load(total)
+            for i in range(n_rows):
+                value = builder.fadd(value, new[i * n_vectors + v])
+            store(value, total)
+    for value, cell in zip(new, cells, strict=True):
+        store(value, cell)
+    return context.get_dummy_value()
+
+
+n_ = types.intp
+
+
+@intrinsic(prefer_literal=True)
+def _block(
+    context, rows, vectors, along, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left
+):
+    """One register block of a product on flat arrays; `rows`, `vectors` and `along` are literal.
+
+    C[co + i crs + v] (+)= sum over k < K of a[i, k] B[bo + k bks + v], K >= 1, where a[i, k] is
+    A[ao + i stride + k] along K and A[ao + i + k stride] along M. Step k fetches P[po + k pks] into
+    the second-level cache. 0 vectors: one vector of which only the first `left` elements exist.
+    """
+    shape = rows.literal_value, vectors.literal_value, along.literal_value == ALONG_K
+
+    def codegen(context, builder, signature, args):
+        return _emit_block(context, builder, (A, B, C, P, None), (*args[3:], None, None), *shape)
+
+    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, n_)
+    return types.none(rows, vectors, along, types.boolean, *arrays), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _exp_block(context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K, S, so):
+    """C = 2 ** (the product of `_block` along K), and S[so + v] += its sum over i."""
+    shape = rows.literal_value, vectors.literal_value, True
+
+    def codegen(context, builder, signature, args):
+        *product, S_, so_ = args[2:]
+        values = ir.IntType(8)(0), *product, None, None, None, None, S_, so_
+        return _emit_block(context, builder, (A, B, C, None, S), values, *shape)
+
+    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, S, n_)
+    return types.none(rows, vectors, *arrays), codegen
+
+
+@serial
+def _columns(nv, left, along, add, M, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks):
+    """`_product` of nv vectors of columns; returns where in P it has come to."""
+    i, row = 0, stride if along == ALONG_K else 1
+    while i + ROWS <= M:
+        a, c = ao + i * row, co + i * crs
+        if along == ALONG_K:
+            if nv == 2:
+                _block(ROWS, 2, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
+            elif nv == 1:
+                _block(ROWS, 1, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
+            else:
+                _block(
+                    ROWS, 0, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, left
+                )
+        elif nv == 2:
+            _block(ROWS, 2, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
+        elif nv == 1:
+            _block(ROWS, 1, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
+        else:
+            _block(ROWS, 0, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, left)
+        i += ROWS
+        po += K * pks
+    aks = 1 if along == ALONG_K else stride
+    while i < M:
+        a, c = ao + i * row, co + i * crs
+        if nv == 2:
+            _block(1, 2, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, 0)
+        elif nv == 1:
+            _block(1, 1, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, 0)
+        else:
+            _block(1, 0, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, left)
+        i += 1
+        po += K * pks
+    return po
+
+
+@serial
+def _product(along, add, M, N, K, lanes, A, ao, stride, B, bo, bks, C, co, crs, P, po, span):
+    """C (M x N, rows crs apart) = or += A (M x K) B (K x N, rows bks apart), K >= 1.
+
+    On flat arrays from offsets ao, bo, co; A's rows (along K) or columns (along M) are `stride`
+    apart. Meanwhile `span` elements of P from po on are fetched into the second-level cache.
+    """
+    full = 2 * lanes
+    steps = max((M // ROWS + M % ROWS) * ((N + full - 1) // full) * K, 1)
+    pks = (span + steps - 1) // steps
+    n = 0
+    while n < N:
+        left = N - n
+        nv = 2 if left >= full else 1 if left >= lanes else 0
+        po = _columns(
+            nv, left, along, add, M, A, ao, stride, B, bo + n, bks, C, co + n, crs, K, P, po, pks
+        )
+        n += max(nv, 1) * lanes
+
+
+@serial
+def _exp_product(M, N, K, lanes, A, ao, stride, B, bks, C, co, crs, S):
+    """C = 2 ** (A B), its sums over rows added to S[:N]; A along K, N whole vectors."""
+    for n in range(0, N, 2 * lanes):
+        two = n + 2 * lanes <= N
+        i = 0
+        while i + ROWS <= M:
+            a, c = ao + i * stride, co + i * crs + n
+            if two:
+                _exp_block(ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, S, n)
+            else:
+                _exp_block(ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, S, n)
+            i += ROWS
+        while i < M:
+            a, c = ao + i * stride, co + i * crs + n
+            _exp_block(1, 1, A, a, stride, B, n, bks, C, c, crs, K, S, n)
+            if two:
+                m = n + lanes
+                _exp_block(1, 1, A, a, stride, B, m, bks, C, c + lanes, crs, K, S, m)
+            i += 1
+
+
+@serial
+def _row_product(N, K, lanes, a, ao, B, bo, bks, c, co):
+    """c[co : co + N] += a[ao : ao + K] B, B's rows bks apart from bo on."""
+    n = 0
+    while n < N:
+        left, b, to = N - n, bo + n, co + n
+        nv = 4 if left >= 4 * lanes else 2 if left >= 2 * lanes else 1
+        if nv == 4:
+            _block(1, 4, ALONG_K, True, a, ao, 0, B, b, bks, c, to, 0, K, B, b, 0, 0)
+        elif nv == 2:
+            _block(1, 2, ALONG_K, True, a, ao, 0, B, b, bks, c, to, 0, K, B, b, 0, 0)
+        elif left >= lanes:
+            _block(1, 1, ALONG_K, True, a, ao, 0, B, b, bks, c, to, 0, K, B, b, 0, 0)
+        else:
+            _block(1, 0, ALONG_K, True, a, ao, 0, B, b, bks, c, to, 0, K, B, b, 0, left)
+        n += nv * lanes
+
+
 # ---------------------------------------------------------------- cells, one column of a window
 
 
+class Column(NamedTuple):
+    """What the cell makes of one user's stretch of a window; work arrays, T at most."""
+
+    states: Array  # [T + 1, D]
+    before: Array  # [T, D], the state each step begins with
+    reset: Array  # [T, D], r * before (GRU)
+    gates: Array  # [T, G*D], A before the forward pass, z, r and candidate after it (GRU)
+
+
 @serial
-def _tanh_forward(b, states, A, W, event, carry, init):
-    T, D = A.shape[0], states.shape[2]
-    h = np.empty(D, A.dtype)
-    a = np.empty(D, A.dtype)
+def _begin(t, states, before, carry, init):
+    c = carry[t]
+    for j in range(states.shape[1]):
+        before[t, j] = c * states[t, j] + (1 - c) * init
+
+
+@serial
+def _tanh_forward(T, states, before, gates, W, event, carry, init, lanes):
+    D = states.shape[1]
+    h, a, w = before.reshape(-1), gates.reshape(-1), W.reshape(-1)
     for t in range(T):
-        c = carry[t, b]
-        for j in range(D):
-            h[j] = c * states[t, b, j] + (1 - c) * init
-        if event[t, b] == 0:
-            states[t + 1, b] = h
+        _begin(t, states, before, carry, init)
+        if event[t] == 0:
+            states[t + 1] = before[t]
             continue
-        a[:] = A[t, b]
-        for k in range(D):
-            for j in range(D):
-                a[j] += h[k] * W[k, j]
+        _row_product(D, D, lanes, h, t * D, w, 0, D, a, t * D)
         for j in range(D):
-            states[t + 1, b, j] = _tanh(a[j])
+            states[t + 1, j] = _tanh(gates[t, j])
 
 
 @serial
-def _tanh_backward(b, dH, states, init, W, event, carry, ds, dA, dW):
-    T, D = dH.shape[0], dH.shape[2]
-    h = np.empty(D, dH.dtype)
-    da = np.empty(D, dH.dtype)
+def _tanh_backward(T, dH, states, WT, event, carry, ds, dA, lanes):
+    D = states.shape[1]
+    wt, da = WT.reshape(-1), dA.reshape(-1)
     for t in range(T - 1, -1, -1):
-        c = carry[t, b]
-        if event[t, b] == 0:
+        c = carry[t]
+        if event[t] == 0:
             for j in range(D):
-                ds[j] = c * (ds[j] + dH[t, b, j])
-                dA[t, b, j] = 0
+                ds[j] = c * (ds[j] + dH[t, j])
+                dA[t, j] = 0
             continue
         for j in range(D):
-            h[j] = c * states[t, b, j] + (1 - c) * init
-            new = states[t + 1, b, j]
-            da[j] = (dH[t, b, j] + ds[j]) * (1 - new * new)
-            dA[t, b, j] = da[j]
-        for k in range(D):
-            s = dH.dtype.type(0)
-            for j in range(D):
-                s += da[j] * W[k, j]
-                dW[k, j] += h[k] * da[j]
-            ds[k] = c * s
+            new = states[t + 1, j]
+            dA[t, j] = (dH[t, j] + ds[j]) * (1 - new * new)
+        ds[:] = 0
+        _row_product(D, D, lanes, da, t * D, wt, 0, D, ds, 0)
+        for j in range(D):
+            ds[j] *= c
 
 
 @serial
-def _gru_forward(b, states, cache, A, W, event, carry, init, sigmoid_candidate):
-    T, D = A.shape[0], states.shape[2]
-    h = np.empty(D, A.dtype)
-    zr = np.empty(2 * D, A.dtype)
-    new = np.empty(D, A.dtype)
+def _gru_forward(sigmoid, T, states, before, reset, gates, W, event, carry, init, lanes):
+    D = states.shape[1]
+    h, rh, a, w = before.reshape(-1), reset.reshape(-1), gates.reshape(-1), W.reshape(-1)
     for t in range(T):
-        c = carry[t, b]
-        for j in range(D):
-            h[j] = c * states[t, b, j] + (1 - c) * init
-        if event[t, b] == 0:
-            states[t + 1, b] = h
+        _begin(t, states, before, carry, init)
+        if event[t] == 0:
+            states[t + 1] = before[t]
+            reset[t] = 0
             continue
-        zr[:] = A[t, b, : 2 * D]
-        new[:] = A[t, b, 2 * D :]
-        for k in range(D):
-            for j in range(2 * D):
-                zr[j] += h[k] * W[k, j]
+        _row_product(2 * D, D, lanes, h, t * D, w, 0, 3 * D, a, t * 3 * D)
         for j in range(2 * D):
-            zr[j] = _sigmoid(zr[j])
-        for k in range(D):
-            rh = zr[D + k] * h[k]
-            for j in range(D):
-                new[j] += rh * W[k, 2 * D + j]
-        if sigmoid_candidate:
-            for j in range(D):
-                new[j] = _sigmoid(new[j])
-        else:
-            for j in range(D):
-                new[j] = _tanh(new[j])
+            gates[t, j] = _sigmoid(gates[t, j])
         for j in range(D):
-            states[t + 1, b, j] = h[j] + zr[j] * (new[j] - h[j])
-        cache[t, b, : 2 * D] = zr
-        cache[t, b, 2 * D :] = new
+            reset[t, j] = gates[t, D + j] * before[t, j]
+        _row_product(D, D, lanes, rh, t * D, w, 2 * D, 3 * D, a, t * 3 * D + 2 * D)
+        if sigmoid:
+            for j in range(2 * D, 3 * D):
+                gates[t, j] = _sigmoid(gates[t, j])
+        else:
+            for j in range(2 * D, 3 * D):
+                gates[t, j] = _tanh(gates[t, j])
+        for j in range(D):
+            z, new = gates[t, j], gates[t, 2 * D + j]
+            states[t + 1, j] = before[t, j] + z * (new - before[t, j])
 
 
 @serial
-def _gru_backward(b, dH, states, cache, init, W, event, carry, sigmoid_candidate, ds, dA, dW):
-    T, D = dH.shape[0], dH.shape[2]
-    h = np.empty(D, dH.dtype)
-    dzr = np.empty(2 * D, dH.dtype)
-    dc = np.empty(D, dH.dtype)
+def _gru_backward(sigmoid, T, dH, before, gates, WT, event, carry, ds, dA, lanes):
+    D = before.shape[1]
+    wt, da = WT.reshape(-1), dA.reshape(-1)
+    drh = np.empty(D, dH.dtype)
     for t in range(T - 1, -1, -1):
-        c = carry[t, b]
-        if event[t, b] == 0:
+        c = carry[t]
+        if event[t] == 0:
             for j in range(D):
-                ds[j] = c * (ds[j] + dH[t, b, j])
-            dA[t, b] = 0
+                ds[j] = c * (ds[j] + dH[t, j])
+            dA[t] = 0
             continue
         for j in range(D):
-            h[j] = c * states[t, b, j] + (1 - c) * init
-            z, new = cache[t, b, j], cache[t, b, 2 * D + j]
-            dh = dH[t, b, j] + ds[j]
-            slope = new * (1 - new) if sigmoid_candidate else 1 - new * new
-            dc[j] = dh * z * slope
-            dzr[j] = dh * (new - h[j]) * z * (1 - z)
+            h, z, new = before[t, j], gates[t, j], gates[t, 2 * D + j]
+            dh = dH[t, j] + ds[j]
+            slope = new * (1 - new) if sigmoid else 1 - new * new
+            dA[t, 2 * D + j] = dh * z * slope
+            dA[t, j] = dh * (new - h) * z * (1 - z)
             ds[j] = dh * (1 - z)
-        for k in range(D):
-            r = cache[t, b, D + k]
-            rh = r * h[k]
-            drh = dH.dtype.type(0)
-            for j in range(D):
-                drh += dc[j] * W[k, 2 * D + j]
-                dW[k, 2 * D + j] += rh * dc[j]
-            dzr[D + k] = drh * h[k] * r * (1 - r)
-            ds[k] += drh * r
-        for k in range(D):
-            s = dH.dtype.type(0)
-            for j in range(2 * D):
-                s += dzr[j] * W[k, j]
-                dW[k, j] += h[k] * dzr[j]
-            ds[k] = c * (ds[k] + s)
-        dA[t, b, : 2 * D] = dzr
-        dA[t, b, 2 * D :] = dc
+        drh[:] = 0
+        _row_product(D, D, lanes, da, t * 3 * D + 2 * D, wt, 2 * D * D, D, drh, 0)
+        for j in range(D):
+            r = gates[t, D + j]
+            dA[t, D + j] = drh[j] * before[t, j] * r * (1 - r)
+            ds[j] += drh[j] * r
+        _row_product(D, 2 * D, lanes, da, t * 3 * D, wt, 0, D, ds, 0)
+        for j in range(D):
+            ds[j] *= c
 
 
 @serial
-def _forward_column(kind, b, states, cache, A, W, event, carry, init):
+def _forward_column(kind, T, b, cell, W, event, carry, init, lanes):
+    states, before = cell.states[b], cell.before[b]
+    gates = cell.gates[b]
     if kind == TANH:
-        _tanh_forward(b, states, A, W, event, carry, init)
+        _tanh_forward(T, states, before, gates, W, event, carry, init, lanes)
     else:
-        _gru_forward(b, states, cache, A, W, event, carry, init, kind == GRU_SIGMOID)
+        sigmoid, reset = kind == GRU_SIGMOID, cell.reset[b]
+        _gru_forward(sigmoid, T, states, before, reset, gates, W, event, carry, init, lanes)
 
 
 @serial
-def _backward_column(kind, b, dH, states, cache, init, W, event, carry, ds, dA, dW):
+def _backward_column(kind, T, b, cell, dH, W, WT, event, carry, ds, dA, lanes):
+    """ds and dA of column b; WT is work for W transposed."""
+    for k in range(W.shape[0]):
+        for j in range(W.shape[1]):
+            WT[j, k] = W[k, j]
     ds[:] = 0
-    dW[:] = 0
     if kind == TANH:
-        _tanh_backward(b, dH, states, init, W, event, carry, ds, dA, dW)
+        _tanh_backward(T, dH, cell.states[b], WT, event, carry, ds, dA, lanes)
     else:
         sigmoid = kind == GRU_SIGMOID
-        _gru_backward(b, dH, states, cache, init, W, event, carry, sigmoid, ds, dA, dW)
+        before, gates = cell.before[b], cell.gates[b]
+        _gru_backward(sigmoid, T, dH, before, gates, WT, event, carry, ds, dA, lanes)
 
 
-@threads
-def _forward_window(kind, states, cache, A, W_h, event, carry, init):
-    for i_b in prange(A.shape[1]):
-        b = np.int64(i_b)
+@serial
+def _recurrent_gradient(kind, add, T, first, last, b, cell, dA, dW_h, lanes):
+    """Rows first to last of column b's dW_h, set or added to."""
+    D, width = cell.before.shape[2], dW_h.shape[1]
+    rows, gates = last - first, width if kind == TANH else 2 * D
+    if rows == 0 or T == 0:
+        return
+    h, rh = cell.before[b].reshape(-1), cell.reset[b].reshape(-1)
+    da, to, at = dA.reshape(-1), dW_h.reshape(-1), first * width
+    _product(ALONG_M, add, rows, gates, T, lanes, h, first, D, da, 0, width, to, at, width, h, 0, 0)
+    if kind != TANH:
+        at += gates
+        _product(
+            ALONG_M, add, rows, D, T, lanes, rh, first, D, da, gates, width, to, at, width, h, 0, 0
+        )
+
+
+@serial
+def _forward_window(p, n, gate, kind, cell, W_h, event, carry, init, lanes):
+    for b in range(p, event.shape[0], n):
         W = W_h[b if W_h.shape[0] > 1 else 0]
-        _forward_column(kind, b, states, cache, A, W, event, carry, init)
+        _forward_column(kind, event.shape[1], b, cell, W, event[b], carry[b], init, lanes)
 
 
-@threads
-def _backward_window(kind, dH, states, cache, init, W_h, event, carry, ds0, dA, dW_h):
-    for i_b in prange(dH.shape[1]):
-        b = np.int64(i_b)
+@serial
+def _backward_window(p, n, gate, kind, cell, dH, W_h, event, carry, ds0, dA, dW_h, lanes):
+    T, D = event.shape[1], dH.shape[2]
+    WT = np.empty((W_h.shape[2], D), dH.dtype)
+    for b in range(p, event.shape[0], n):
         W = W_h[b if W_h.shape[0] > 1 else 0]
-        _backward_column(kind, b, dH, states, cache, init, W, event, carry, ds0[b], dA, dW_h[b])
+        _backward_column(
+            kind, T, b, cell, dH[b], W, WT, event[b], carry[b], ds0[b], dA[b], lanes
+        )  # fmt: skip
+        _recurrent_gradient(kind, False, T, 0, D, b, cell, dA[b], dW_h[b], lanes)
+
+
+def _by_column(array: Array) -> Array:
+    """[T, B, ...] as [B, T, ...]."""
+    return np.ascontiguousarray(array.swapaxes(0, 1))
 
 
 def cell_forward(
@@ -332,13 +748,18 @@ def cell_forward(
 ) -> tuple[Array, Array]:
     """As `reference.cell_forward`."""
     T, B = event.shape
-    D = s0.shape[-1]
-    states = np.empty((T + 1, 1, B, D), A.dtype)
-    states[0] = s0
-    cache = np.empty((T, B, 0 if cell == "tanh" else 3 * D), A.dtype)
-    A, W_h, event, carry = map(np.ascontiguousarray, (A, W_h, event, carry))
-    _forward_window(KINDS[cell], states[:, 0], cache, A, W_h, event, carry, A.dtype.type(init))
-    return states, cache
+    D, dtype = s0.shape[-1], A.dtype
+    states = np.empty((B, T + 1, D), dtype)
+    states[:, 0] = s0[0]
+    before = np.empty((B, T, D), dtype)
+    reset = np.empty((B, T, 0 if cell == "tanh" else D), dtype)
+    gates = A.swapaxes(0, 1).copy()
+    work = Column(states, before, reset, gates)
+    arrays = work, np.ascontiguousarray(W_h), _by_column(event), _by_column(carry)
+    n = min(numba.get_num_threads(), B)
+    _together(n, _forward_window, KINDS[cell], *arrays, dtype.type(init), _lanes(dtype))
+    cache = gates[..., :0] if cell == "tanh" else gates
+    return _by_column(states)[:, None], _by_column(cache)
 
 
 def cell_backward(
@@ -354,147 +775,20 @@ def cell_backward(
     """As `reference.cell_backward`."""
     T, B, D = dH.shape
     ds0 = np.empty((B, D), dH.dtype)
-    dA = np.empty((T, B, W_h.shape[2]), dH.dtype)
-    dW_h = np.empty((B, *W_h.shape[1:]), dH.dtype)
-    dH, W_h, event, carry = map(np.ascontiguousarray, (dH, W_h, event, carry))
-    init = dH.dtype.type(init)
-    _backward_window(KINDS[cell], dH, states[:, 0], cache, init, W_h, event, carry, ds0, dA, dW_h)
+    dA = np.empty((B, T, W_h.shape[2]), dH.dtype)
+    dW_h = np.zeros((B, *W_h.shape[1:]), dH.dtype)
+    states, gates, event, carry = map(_by_column, (states[:, 0], cache, event, carry))
+    kept = carry[..., None]
+    before = kept * states[:, :-1] + (1 - kept) * dH.dtype.type(init)
+    reset = gates[..., D : 2 * D] * before[..., : gates.shape[-1]]
+    arrays = Column(states, before, reset, gates), _by_column(dH), np.ascontiguousarray(W_h)
+    n = min(numba.get_num_threads(), B)
+    _together(
+        n, _backward_window, KINDS[cell], *arrays, event, carry, ds0, dA, dW_h, _lanes(dH.dtype)
+    )
     if W_h.shape[0] == 1:
         dW_h = dW_h.sum(axis=0, keepdims=True)
-    return ds0[None], dA, dW_h
-
-
-# ---------------------------------------------------------------- matrix product
-
-_features = llvmlite.binding.get_host_cpu_features()
-VECTOR_BYTES = 64 if _features.get("avx512f") else 32 if _features.get("avx2") else 16
-_many = _features.get("avx512f") or _features.get("neon")  # 32 vector registers, else 16
-# rows x vectors of a register block; measured: 12 x 2 in place of 6 x 4 costs a fifth of the speed
-WIDE_ROWS, WIDE = (6, 4) if _many else (6, 2)
-PAIR_ROWS = 8 if _many else 6
-SINGLE_ROWS = 8
-
-
-@intrinsic(prefer_literal=True)
-def _block(context, rows, vectors, add, A, ao, ars, aks, B, bo, bks, C, co, crs, K):
-    """One register block of a product on flat arrays, `rows` by `vectors`, both literal.
-
-    C[co + i crs + v] (+)= sum over k < K of A[ao + i ars + k aks] B[bo + k bks + v], K >= 1.
-    """
-    n_rows, n_vectors = rows.literal_value, vectors.literal_value
-    bits = A.dtype.bitwidth
-    lanes = VECTOR_BYTES * 8 // bits
-
-    def codegen(context, builder, signature, args):
-        _, _, add, A_, ao, ars, aks, B_, bo, bks, C_, co, crs, K = args
-        real = context.get_value_type(A.dtype)
-        vector, i32, i64 = ir.VectorType(real, lanes), ir.IntType(32), ir.IntType(64)
-        undefined = ir.Constant(vector, ir.Undefined)
-        zeros = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f{bits}"
-        )
-
-        def pointer(kind, array, offset):
-            return builder.gep(context.make_array(kind)(context, builder, array).data, [offset])
-
-        def at(base, n):
-            return builder.gep(base, [ir.Constant(i64, n)])
-
-        def as_vector(p):
-            return builder.bitcast(p, vector.as_pointer())
-
-        def load(p):
-            return builder.load(as_vector(p), align=bits // 8)
-
-        def spread(p):
-            one = builder.insert_element(undefined, builder.load(p), ir.Constant(i32, 0))
-            return builder.shuffle_vector(one, undefined, zeros)
-
-        def row(base, stride, i):
-            return builder.gep(base, [builder.mul(stride, ir.Constant(i64, i))])
-
-        a, b, c = pointer(A, A_, ao), pointer(B, B_, bo), pointer(C, C_, co)
-        a_rows = [row(a, ars, i) for i in range(n_rows)]
-        cells = [at(row(c, crs, i), lanes * v) for i in range(n_rows) for v in range(n_vectors)]
-        entry = builder.block
-        old, loop, done = (builder.append_basic_block(n) for n in ("old", "product", "done"))
-        builder.cbranch(builder.trunc(add, ir.IntType(1)), old, loop)
-        builder.position_at_end(old)
-        previous = [load(cell) for cell in cells]
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k = builder.phi(i64)
-        sums = [builder.phi(vector) for _ in cells]
-        b_k = builder.gep(b, [builder.mul(k, bks)])
-        b_vectors = [load(at(b_k, lanes * v)) for v in range(n_vectors)]
-        new = []
-        for i in range(n_rows):
-            a_ik = spread(builder.gep(a_rows[i], [builder.mul(k, aks)]))
-            for v in range(n_vectors):
-                new.append(builder.call(fma, [a_ik, b_vectors[v], sums[i * n_vectors + v]]))
-        next_k = builder.add(k, ir.Constant(i64, 1))
-        for block, first in ((entry, None), (old, previous)):
-            k.add_incoming(ir.Constant(i64, 0), block)
-            for j, phi in enumerate(sums):
-                phi.add_incoming(first[j] if first else ir.Constant(vector, [0.0] * lanes), block)
-        k.add_incoming(next_k, loop)
-        for phi, value in zip(sums, new, strict=True):
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", next_k, K), loop, done)
-        builder.position_at_end(done)
-        for value, cell in zip(new, cells, strict=True):
-            builder.store(value, as_vector(cell), align=bits // 8)
-        return context.get_dummy_value()
-
-    n = types.intp
-    array, flag = (A, n, n, n, B, n, n, C, n, n, n), types.boolean
-    return types.none(rows, vectors, flag, *array), codegen
-
-
-def _lanes(dtype: np.dtype) -> int:
-    """Elements of a vector."""
-    return VECTOR_BYTES // np.dtype(dtype).itemsize
-
-
-@serial
-def _columns(nv, add, M, A, ao, ars, aks, B, bo, bks, C, co, crs, K):
-    """`_product` of nv vectors of columns: blocks of rows, then the rows that are left."""
-    rows = WIDE_ROWS if nv == WIDE else PAIR_ROWS if nv == 2 else SINGLE_ROWS
-    i = 0
-    while i < M:
-        a, c = ao + i * ars, co + i * crs
-        if i + rows > M:
-            rows = 1
-        if nv == WIDE:
-            if rows > 1:
-                _block(WIDE_ROWS, WIDE, add, A, a, ars, aks, B, bo, bks, C, c, crs, K)
-            else:
-                _block(1, WIDE, add, A, a, ars, aks, B, bo, bks, C, c, crs, K)
-        elif nv == 2:
-            if rows > 1:
-                _block(PAIR_ROWS, 2, add, A, a, ars, aks, B, bo, bks, C, c, crs, K)
-            else:
-                _block(1, 2, add, A, a, ars, aks, B, bo, bks, C, c, crs, K)
-        elif rows > 1:
-            _block(SINGLE_ROWS, 1, add, A, a, ars, aks, B, bo, bks, C, c, crs, K)
-        else:
-            _block(1, 1, add, A, a, ars, aks, B, bo, bks, C, c, crs, K)
-        i += rows
-
-
-@serial
-def _product(add, M, N, K, lanes, A, ao, ars, aks, B, bo, bks, C, co, crs):
-    """C (M x N, rows crs apart) = or += A (M x K, any strides) B (K x N, rows bks apart).
-
-    On flat arrays from offsets ao, bo, co; N is a multiple of `lanes` and K at least 1.
-    """
-    n = 0
-    while n < N:
-        left = (N - n) // lanes
-        nv = WIDE if left >= WIDE else 2 if left >= 2 else 1
-        _columns(nv, add, M, A, ao, ars, aks, B, bo + n, bks, C, co + n, crs, K)
-        n += nv * lanes
+    return ds0[None], _by_column(dA), dW_h
 
 
 # ---------------------------------------------------------------- output layer
@@ -506,14 +800,15 @@ class Output(NamedTuple):
     Rows of `ld` or `Dp` elements hold `width` or D of them (`_row_length`).
     """
 
-    HT: Array  # [D, ld], H of the block transposed
+    HT: Array  # [D, ld], H of the block transposed, times log2(e)
     E: Array  # [I, ld]
     S: Array  # [threads, width]
     U: Array  # [threads, D, ld]
-    shift: Array  # [width]
+    total: Array  # [threads, width], S over all threads, for each thread
+    shift: Array  # [threads, width], likewise
     G: Array  # [width, Dp]
-    tile: Array  # [threads, TILE, Dp], dW_out of a tile
-    dW_out: Array  # [I, Dp], where a window has more than one block
+    tile: Array  # [threads, TILE * max(D, ld)], dW_out or scores of a tile
+    dW_out: Array  # [I, D], where a window has more than one block
 
 
 LINE = 64  # bytes
@@ -542,204 +837,289 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return memory[skip : skip + size].view(dtype).reshape(shape)
 
 
-def _output_work(N: int, items: int, D: int, dtype: np.dtype) -> Output:
+def _output_work(
+    N: int, items: int, D: int, dtype: np.dtype, whole: bool = True, store: bool | None = None
+) -> Output:
+    """For at most N events; `whole` for training, `store` to have dW_out."""
     lanes = _lanes(dtype)
     width = min(-(-max(N, 1) // lanes) * lanes, _block_width(D))
     ld, Dp = _row_length(width, dtype), _row_length(D, dtype)
     n = numba.get_num_threads()
+    store = N > width if store is None else store
     shapes = (
         (D, ld),
-        (items, ld),
+        (items if whole else 0, ld),
         (n, width),
-        (n, D, ld),
-        (width,),
+        (n, D if whole else 0, ld),
+        (n, width),
+        (n, width),
         (width, Dp),
-        (n, TILE, Dp),
-        (items if N > width else 0, Dp),
+        (n, TILE * max(D, ld)),
+        (items if store else 0, D),
     )
     return Output(*(_aligned(shape, dtype) for shape in shapes))
 
 
 @serial
-def _thread_tiles(p, n_threads, items):
-    """First and last + 1 of the tiles that thread p owns."""
-    tiles = (items + TILE - 1) // TILE
-    return p * tiles // n_threads, (p + 1) * tiles // n_threads
+def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
+    """One pass over thread p's tiles: the update by the block before, then E, S and U of this one.
 
-
-@serial
-def _exp_tiles(p, W_out, m, lanes, out):
-    items, D = W_out.shape
-    ld = out.E.shape[1]
-    W, HT, E = W_out.reshape(-1), out.HT.reshape(-1), out.E.reshape(-1)
-    S, U, shift = out.S[p], out.U[p].reshape(-1), out.shift
-    S[:] = 0
-    U[:] = 0
-    first, last = _thread_tiles(p, out.S.shape[0], items)
-    for lo in range(first * TILE, min(last * TILE, items), TILE):
-        hi = min(lo + TILE, items)
-        _product(False, hi - lo, m, D, lanes, W, lo * D, D, 1, HT, 0, ld, E, lo * ld, ld)
-        for i in range(lo, hi):
-            e = out.E[i]
-            for n in range(m):
-                v = _exp(e[n] - shift[n])
-                e[n] = v
-                S[n] += v
-        _product(True, D, m, hi - lo, lanes, W, lo * D, 1, D, E, lo * ld, ld, U, 0, ld)
-
-
-@threads
-def _exp_scores(W_out, m, lanes, out):
-    """First pass over a block of m events (padded): E, and each thread's part of S and U."""
-    for p in prange(out.S.shape[0]):
-        _exp_tiles(np.int64(p), W_out, m, lanes, out)
-
-
-@serial
-def _score_tiles(p, W_out, m, lanes, out):
-    items, D = W_out.shape
-    ld = out.E.shape[1]
-    W, HT, E = W_out.reshape(-1), out.HT.reshape(-1), out.E.reshape(-1)
-    top = out.S[p]
-    top[:] = -np.inf
-    first, last = _thread_tiles(p, out.S.shape[0], items)
-    for lo in range(first * TILE, min(last * TILE, items), TILE):
-        hi = min(lo + TILE, items)
-        _product(False, hi - lo, m, D, lanes, W, lo * D, D, 1, HT, 0, ld, E, lo * ld, ld)
-        for i in range(lo, hi):
-            e = out.E[i]
-            for n in range(m):
-                top[n] = max(top[n], e[n])
-
-
-@threads
-def _scores(W_out, m, lanes, out):
-    """E = the scores themselves, and the largest in each thread's part of S."""
-    for p in prange(out.S.shape[0]):
-        _score_tiles(np.int64(p), W_out, m, lanes, out)
-
-
-@serial
-def _gradient_tiles(p, W_out, ms, m, lanes, out, only, first, move, rule):
+    `old` events (padded) of the block before whose E and G are ready, -1 for no update; `first`
+    sets dW_out, otherwise it is added to; with `move` RMSprop moves W_out. m events (padded) of
+    this block, 0 for no logits. rule = (learning_rate, rho, 1 - rho, eps).
+    """
     items, D = W_out.shape
     ld, Dp = out.E.shape[1], out.G.shape[1]
-    columns = (D + lanes - 1) // lanes * lanes
-    E, G = out.E.reshape(-1), out.G.reshape(-1)
-    begin, end = _thread_tiles(p, out.tile.shape[0], items)
-    for lo in range(begin * TILE, min(end * TILE, items), TILE):
-        hi = min(lo + TILE, items)
-        g = out.tile[p] if only else out.dW_out[lo:hi]
+    W, mean_squares, E, G = W_out.reshape(-1), ms.reshape(-1), out.E.reshape(-1), out.G.reshape(-1)
+    HT, U, S = out.HT.reshape(-1), out.U[p].reshape(-1), out.S[p]
+    stored = out.dW_out.size > 0
+    dW = out.dW_out.reshape(-1) if stored else out.tile[p]
+    if m:
+        S[:] = 0
+        U[:] = 0
+    begin, end = _share(p, n, items, TILE)
+    for lo in range(begin, end, TILE):
+        rows = min(TILE, end - lo)
+        if old >= 0:
+            at = lo * D if stored else 0
+            if old:
+                _product(
+                    ALONG_K, not first, rows, D, old, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D,
+                    E, (lo + rows) * ld, TILE * ld,
+                )  # fmt: skip
+            elif first:
+                dW[at : at + rows * D] = 0
+            if move:
+                part = slice(lo * D, (lo + rows) * D)
+                g = dW[at : at + rows * D]
+                _rmsprop(W[part], mean_squares[part], g, rule[0], rule[1], rule[2], rule[3])
         if m:
-            to, add = g.reshape(-1), not first
-            _product(add, hi - lo, columns, m, lanes, E, lo * ld, ld, 1, G, 0, Dp, to, 0, Dp)
-        elif first:
-            g[:] = 0
-        if move:
-            for i in range(hi - lo):
-                dw = g[i, :D]
-                _rmsprop(W_out[lo + i], ms[lo + i], dw, rule[0], rule[1], rule[2], rule[3])
-
-
-@threads
-def _item_gradients(W_out, ms, m, lanes, out, only, first, move, rule):
-    """Second pass over a block of m events (padded): dW_out = E G, tile by tile.
-
-    `first` sets dW_out, otherwise it is added to. With `move`, RMSprop moves W_out by the result;
-    a window's `only` block needs no dW_out then. rule = (learning_rate, rho, 1 - rho, eps).
-    """
-    for p in prange(out.tile.shape[0]):
-        _gradient_tiles(np.int64(p), W_out, ms, m, lanes, out, only, first, move, rule)
+            _exp_product(rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, S)
+            _product(
+                ALONG_M, True, D, m, rows, lanes, W, lo * D, D, E, lo * ld, ld, U, 0, ld,
+                mean_squares, (lo + rows) * D, TILE * D,
+            )  # fmt: skip
 
 
 @serial
-def _load_states(H, m, D, out):
-    """HT = H transposed, zero in the columns that pad the block to m events."""
-    for d in range(D):
-        for n in range(H.shape[0]):
-            out.HT[d, n] = H[n, d]
-        for n in range(H.shape[0], m):
-            out.HT[d, n] = 0
+def _score_tiles(p, n, W_out, m, lanes, out):
+    """E = the logits of thread p's tiles in units of log 2, and their maxima in S[p]."""
+    items, D = W_out.shape
+    ld = out.E.shape[1]
+    W, HT, E, top = W_out.reshape(-1), out.HT.reshape(-1), out.E.reshape(-1), out.S[p]
+    top[:] = -np.inf
+    begin, end = _share(p, n, items, TILE)
+    for lo in range(begin, end, TILE):
+        rows = min(TILE, end - lo)
+        _product(
+            ALONG_K,
+            False,
+            rows,
+            m,
+            D,
+            lanes,
+            W,
+            lo * D,
+            D,
+            HT,
+            0,
+            ld,
+            E,
+            lo * ld,
+            ld,
+            E,
+            lo * ld,
+            0,
+        )
+        for i in range(lo, lo + rows):
+            e = out.E[i]
+            for j in range(m):
+                top[j] = max(top[j], e[j])
 
 
 @serial
-def _softmax(H, W_out, y, scale, lanes, out, dH, lowest, highest):
-    """Loss of a block and its dH; leaves E and G ready for `_item_gradients`, scaled.
+def _shifted_tiles(p, n, W_out, m, lanes, out):
+    """E = 2 ** (E - shift) on thread p's tiles, and S and U."""
+    items, D = W_out.shape
+    ld = out.E.shape[1]
+    W, E, U = W_out.reshape(-1), out.E.reshape(-1), out.U[p].reshape(-1)
+    S, shift = out.S[p], out.shift[p]
+    S[:] = 0
+    U[:] = 0
+    begin, end = _share(p, n, items, TILE)
+    ln2 = W_out.dtype.type(math.log(2))
+    for lo in range(begin, end, TILE):
+        rows = min(TILE, end - lo)
+        for i in range(lo, lo + rows):
+            e = out.E[i]
+            for j in range(m):
+                v = _exp((e[j] - shift[j]) * ln2)
+                e[j] = v
+                S[j] += v
+        _product(
+            ALONG_M, True, D, m, rows, lanes, W, lo * D, D, E, lo * ld, ld, U, 0, ld, E, lo * ld, 0
+        )
 
-    Returns the loss and the padded number of events.
+
+@serial
+def _load_states(H, first, last, factor, out):
+    """HT of events first to last, times `factor`; zero where they pad the block."""
+    for d in range(H.shape[1]):
+        for j in range(first, last):
+            out.HT[d, j] = H[j, d] * factor if j < H.shape[0] else 0
+
+
+@serial
+def _sums(p, m, out):
+    total = out.total[p]
+    for j in range(m):
+        total[j] = out.S[0, j]
+    for q in range(1, out.S.shape[0]):
+        for j in range(m):
+            total[j] += out.S[q, j]
+
+
+@serial
+def _softmax(p, n, gate, H, W_out, ms, y, scale, lanes, out, dH, limits, old, first, move, rule):
+    """One block of events: the update by the block before, then its loss and dH.
+
+    Leaves E and G, scaled, ready for the update by this block. Returns the loss of thread p's
+    events and the padded number of all.
     """
     D = W_out.shape[1]
     m = (H.shape[0] + lanes - 1) // lanes * lanes
-    _load_states(H, m, D, out)
-    out.shift[:m] = 0
-    _exp_scores(W_out, m, lanes, out)
+    begin, end = _share(p, n, m, lanes)
+    _load_states(H, begin, end, W_out.dtype.type(LOG2_E), out)
+    _meet(n, gate)
+    _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule)
+    _meet(n, gate)
+    _sums(p, m, out)
+    total, shift = out.total[p], out.shift[p]
+    shift[:] = 0
     safe = True
-    for n in range(H.shape[0]):
-        safe = safe and lowest < out.S[:, n].sum() < highest
+    for j in range(H.shape[0]):
+        safe = safe and limits[0] < total[j] < limits[1]
     if not safe:
-        _scores(W_out, m, lanes, out)
-        for n in range(m):
-            out.shift[n] = out.S[:, n].max()
-        _exp_scores(W_out, m, lanes, out)
+        _meet(n, gate)
+        _score_tiles(p, n, W_out, m, lanes, out)
+        _meet(n, gate)
+        for j in range(m):
+            shift[j] = out.S[:, j].max()
+        _meet(n, gate)
+        _shifted_tiles(p, n, W_out, m, lanes, out)
+        _meet(n, gate)
+        _sums(p, m, out)
     U = out.U[0]
-    for p in range(1, out.U.shape[0]):
+    for q in range(1, n):
         for d in range(D):
-            for n in range(m):
-                U[d, n] += out.U[p, d, n]
+            for j in range(begin, end):
+                U[d, j] += out.U[q, d, j]
     loss = 0.0
-    for n in range(H.shape[0]):
-        s = out.S[:, n].sum()
-        i = y[n]
+    for j in range(begin, min(end, H.shape[0])):
+        s, i = total[j], y[j]
         logit = H.dtype.type(0)
         for d in range(D):
-            logit += H[n, d] * W_out[i, d]
-        loss += math.log(np.float64(s)) + np.float64(out.shift[n]) - np.float64(logit)
-        out.E[i, n] -= s
+            logit += H[j, d] * W_out[i, d]
+        loss += math.log(np.float64(s)) + np.float64(shift[j]) * math.log(2) - np.float64(logit)
+        out.E[i, j] -= s
         factor = scale / s
         for d in range(D):
-            dH[n, d] = U[d, n] * factor - W_out[i, d] * scale
-            out.G[n, d] = H[n, d] * factor
-    out.G[H.shape[0] : m] = 0
+            dH[j, d] = U[d, j] * factor - W_out[i, d] * scale
+            out.G[j, d] = H[j, d] * factor
+    for j in range(max(begin, H.shape[0]), end):
+        out.G[j] = 0
     return loss, m
 
 
 @serial
-def _rank_items(p, m, items, out, target, sums, ahead):
-    n_threads = sums.shape[0]
-    top, s, count = out.shift, sums[p], ahead[p]
-    s[:] = 0
-    count[:] = 0
-    for i in range(p * items // n_threads, (p + 1) * items // n_threads):
-        e = out.E[i]
-        for n in range(m):
-            v = e[n]
-            s[n] += _exp(v - top[n])
-            count[n] += not v < target[n]
-
-
-@threads
-def _rank(m, items, out, target, sums, ahead):
-    """Each thread's sum of exp(score - largest) and count of items not below the target."""
-    for p in prange(sums.shape[0]):
-        _rank_items(np.int64(p), m, items, out, target, sums, ahead)
+def _output(p, n, gate, H, W_out, y, dH, lanes, limits, out):
+    """`output` in blocks; returns the loss of thread p's events."""
+    one = W_out.dtype.type(1)
+    rule = (one, one, one, one)
+    N, width = H.shape[0], out.total.shape[1]
+    loss, old, first = 0.0, -1, True
+    for lo in range(0, N, width):
+        hi = min(lo + width, N)
+        part, m = _softmax(
+            p, n, gate, H[lo:hi], W_out, W_out, y[lo:hi], one, lanes, out, dH[lo:hi], limits,
+            old, first, False, rule,
+        )  # fmt: skip
+        first = lo == 0
+        old = m
+        loss += part
+    _meet(n, gate)
+    _tiles(p, n, W_out, W_out, lanes, max(old, 0), first, False, 0, out, rule)
+    return loss
 
 
 @serial
-def _score_block(H, W_out, y, lanes, out, sums, ahead, nll, rank):
-    """Scores of one block of events."""
+def _rank_tiles(p, n, W_out, m, lanes, out, target, sums, ahead):
+    """Over thread p's tiles: sums of 2 ** (score - shift), counts of scores not below the target.
+
+    The largest score of each event is left in S[p].
+    """
     items, D = W_out.shape
-    m = (H.shape[0] + lanes - 1) // lanes * lanes
-    _load_states(H, m, D, out)
-    _scores(W_out, m, lanes, out)
-    target = np.zeros(m, H.dtype)
-    for n in range(m):
-        out.shift[n] = out.S[:, n].max()
-        if n < y.size:
-            target[n] = out.E[y[n], n]
-    _rank(m, items, out, target, sums, ahead)
-    for n in range(H.shape[0]):
-        top = np.float64(out.shift[n])
-        nll[n] = math.log(sums[:, n].sum()) + top - np.float64(target[n])
-        rank[n] = ahead[:, n].sum()
+    ld = out.HT.shape[1]
+    W, HT, scores = W_out.reshape(-1), out.HT.reshape(-1), out.tile[p]
+    top, shift, part = out.S[p], out.shift[p], out.total[p]
+    top[:] = -np.inf
+    sums[:] = 0
+    ahead[:] = 0
+    begin, end = _share(p, n, items, TILE)
+    for lo in range(begin, end, TILE):
+        rows = min(TILE, end - lo)
+        _product(
+            ALONG_K, False, rows, m, D, lanes, W, lo * D, D, HT, 0, ld, scores, 0, ld, scores, 0, 0
+        )
+        part[:] = 0
+        for i in range(rows):
+            e = scores[i * ld : i * ld + m]
+            for j in range(m):
+                v = e[j]
+                top[j] = max(top[j], v)
+                part[j] += _exp(v - shift[j])
+                ahead[j] += not v < target[j]
+        for j in range(m):
+            sums[j] += part[j]
+
+
+@serial
+def _score(p, n, gate, H, W_out, y, lanes, limits, out, target, sums, ahead, nll, rank):
+    """`score` in blocks; target [width], sums f64 and ahead i32 [threads, width] are work."""
+    D, width = W_out.shape[1], out.total.shape[1]
+    ld = out.HT.shape[1]
+    W, HT = W_out.reshape(-1), out.HT.reshape(-1)
+    some = np.empty(lanes, H.dtype)
+    for lo in range(0, H.shape[0], width):
+        N = min(width, H.shape[0] - lo)
+        m = (N + lanes - 1) // lanes * lanes
+        begin, end = _share(p, n, m, lanes)
+        _load_states(H[lo : lo + N], begin, end, H.dtype.type(1), out)
+        for j in range(begin, min(end, N)):
+            base = j // lanes * lanes
+            _product(
+                ALONG_K, False, 1, lanes, D, lanes, W, y[lo + j] * D, D, HT, base, ld, some, 0,
+                lanes, some, 0, 0,
+            )  # fmt: skip
+            target[j] = some[j - base]
+        _meet(n, gate)
+        out.shift[p] = 0
+        _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
+        _meet(n, gate)
+        safe = True
+        for j in range(N):
+            safe = safe and limits[0] < sums[:, j].sum() < limits[1]
+        if not safe:
+            for j in range(m):
+                out.shift[p, j] = out.S[:, j].max()
+            _meet(n, gate)
+            _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
+            _meet(n, gate)
+        for j in range(begin, min(end, N)):
+            shift = np.float64(out.shift[p, j]) - np.float64(target[j])
+            nll[lo + j] = math.log(sums[:, j].sum()) + shift
+            rank[lo + j] = ahead[:, j].sum()
+        _meet(n, gate)
 
 
 def _sum_limits(dtype: np.dtype) -> tuple[float, float]:
@@ -750,33 +1130,22 @@ def _sum_limits(dtype: np.dtype) -> tuple[float, float]:
 
 def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, Array]:
     """As `reference.output`."""
-    dtype, lanes = W_out.dtype, _lanes(W_out.dtype)
-    N, D = H.shape
+    dtype = W_out.dtype
     H, dH = np.ascontiguousarray(H), np.empty(H.shape, dtype)
-    width = _block_width(D)
-    out = _output_work(width + 1, len(W_out), D, dtype)  # room for dW_out
-    one, loss, m = dtype.type(1), 0.0, 0
-    for lo in range(0, max(N, 1), width):
-        rows = slice(lo, min(lo + width, N))
-        if N:
-            limits = _sum_limits(dtype)
-            part, m = _softmax(H[rows], W_out, y[rows], one, lanes, out, dH[rows], *limits)
-            loss += part
-        _item_gradients(W_out, W_out, m, lanes, out, False, lo == 0, False, (one,) * 4)
-    return loss, dH, np.ascontiguousarray(out.dW_out[:, :D])
+    out = _output_work(len(H), *W_out.shape, dtype, store=True)
+    n = len(out.S)
+    losses = _together(n, _output, H, W_out, y, dH, _lanes(dtype), _sum_limits(dtype), out)
+    return sum(losses), dH, out.dW_out
 
 
 def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     """As `reference.score`."""
-    lanes, width = _lanes(W_out.dtype), _block_width(W_out.shape[1])
+    dtype = W_out.dtype
     nll, rank = np.empty(y.size, np.float64), np.empty(y.size, np.int32)
-    out = _output_work(min(y.size, width), *W_out.shape, W_out.dtype)
-    sums = np.empty(out.S.shape, np.float64)
-    ahead = np.empty(out.S.shape, np.int32)
-    H = np.ascontiguousarray(H)
-    for lo in range(0, y.size, width):
-        rows = slice(lo, lo + width)
-        _score_block(H[rows], W_out, y[rows], lanes, out, sums, ahead, nll[rows], rank[rows])
+    out = _output_work(y.size, *W_out.shape, dtype, whole=False, store=False)
+    work = np.empty_like(out.S[0]), np.empty(out.S.shape), np.empty(out.S.shape, np.int32)
+    H, limits = np.ascontiguousarray(H), _sum_limits(dtype)
+    _together(len(out.S), _score, H, W_out, y, _lanes(dtype), limits, out, *work, nll, rank)
     return nll, rank
 
 
@@ -784,25 +1153,23 @@ def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
 
 
 class Work(NamedTuple):
-    """Work arrays of `train_run`: one window and everything that is made of it."""
+    """Work arrays of `train_run`: one window and everything that is made of it, user by user."""
 
-    x: Array  # i32[T, B]
-    event: Array  # [T, B]
-    carry: Array  # [T, B]
-    A: Array  # [T, B, G*D]
-    states: Array  # [T + 1, B, D]
-    cache: Array  # [T, B, 3*D or 0]
-    dH: Array  # [T, B, D]
+    size: Array  # i64[2], steps T and cells N of the window
+    x: Array  # i32[B, T]
+    event: Array  # [B, T]
+    carry: Array  # [B, T]
+    cell: Column  # each [B, ...]
+    dH: Array  # [B, T, D]
     ds: Array  # [B, D]
-    dA: Array  # [T, B, G*D]
-    dW_h: Array  # [B, D, G*D]
+    dA: Array  # [B, T, G*D]
+    W_T: Array  # [threads, G*D, D], W_h transposed
+    dW_h: Array  # [D, G*D]
     cells: Array  # i32[T * B, 2], step and column of the cells with a target
     y: Array  # i32[T * B]
     H: Array  # [T * B, D]
     dH_cells: Array  # [T * B, D]
     slot: Array  # i32[I], -1 but inside _move_items
-    rows: Array  # i32[T * B]
-    dW_in: Array  # [T * B, G*D]
 
 
 def workspace(spec: Spec, n_items: int, batch: int, window: int) -> tuple[Work, Output]:
@@ -810,31 +1177,39 @@ def workspace(spec: Spec, n_items: int, batch: int, window: int) -> tuple[Work, 
     T, B, D = window, batch, spec.hidden_size
     width, N = spec.gates * D, T * B
     dtype = np.dtype(spec.dtype)
-    shapes = {
-        "event": (T, B),
-        "carry": (T, B),
-        "A": (T, B, width),
-        "states": (T + 1, B, D),
-        "cache": (T, B, 0 if spec.cell == "tanh" else 3 * D),
-        "dH": (T, B, D),
-        "ds": (B, D),
-        "dA": (T, B, width),
-        "dW_h": (B, D, width),
-        "H": (N, D),
-        "dH_cells": (N, D),
-        "dW_in": (N, width),
-    }
-    arrays = {name: _aligned(shape, dtype) for name, shape in shapes.items()}
-    arrays["x"] = np.empty((T, B), np.int32)
-    arrays["cells"] = np.empty((N, 2), np.int32)
-    arrays["y"], arrays["rows"] = np.empty(N, np.int32), np.empty(N, np.int32)
-    arrays["slot"] = np.full(n_items, -1, np.int32)
-    return Work(**arrays), _output_work(N, n_items, D, dtype)
+    out = _output_work(N, n_items, D, dtype)
+
+    def real(*shape: int) -> Array:
+        return _aligned(shape, dtype)
+
+    work = Work(
+        size=np.zeros(2, np.int64),
+        x=np.empty((B, T), np.int32),
+        event=real(B, T),
+        carry=real(B, T),
+        cell=Column(
+            states=real(B, T + 1, D),
+            before=real(B, T, D),
+            reset=real(B, T, 0 if spec.cell == "tanh" else D),
+            gates=real(B, T, width),
+        ),
+        dH=real(B, T, D),
+        ds=real(B, D),
+        dA=real(B, T, width),
+        W_T=real(len(out.S), width, D),
+        dW_h=real(D, width),
+        cells=np.empty((N, 2), np.int32),
+        y=np.empty(N, np.int32),
+        H=real(N, D),
+        dH_cells=real(N, D),
+        slot=np.full(n_items, -1, np.int32),
+    )
+    return work, out
 
 
 @serial
-def _read_window(indptr, items, user, start, length, fresh, target_from, x, event, carry, cells, y):
-    """`windows.window` into work arrays; returns the number of steps and of cells."""
+def _read_window(indptr, items, user, start, length, fresh, target_from, work):
+    """`windows.window` into work arrays, with the number of steps and of cells."""
     T, N = 0, 0
     for b in range(user.size):
         T = max(T, length[b])
@@ -843,150 +1218,160 @@ def _read_window(indptr, items, user, start, length, fresh, target_from, x, even
             position = start[b] + t
             first = indptr[user[b]]
             here = t < length[b]
-            x[t, b] = items[first + position] if here else 0
-            event[t, b] = 1 if here else 0
-            carry[t, b] = 0 if fresh[b] and t == 0 else 1
+            work.x[b, t] = items[first + position] if here else 0
+            work.event[b, t] = 1 if here else 0
+            work.carry[b, t] = 0 if fresh[b] and t == 0 else 1
             follows = first + position + 1 < indptr[user[b] + 1]
             if here and follows and position + 1 >= target_from[b]:
-                cells[N, 0], cells[N, 1] = t, b
-                y[N] = items[first + position + 1]
+                work.cells[N, 0], work.cells[N, 1] = t, b
+                work.y[N] = items[first + position + 1]
                 N += 1
-    return T, N
-
-
-@threads
-def _forward_run(
-    kind, T, user, pooled, start, drop, W_in, W_h, x, event, carry, A, states, cache, init
-):  # fmt: skip
-    """Gather with input dropout and the cell's forward pass; drop = (threshold, factor)."""
-    B, width = A.shape[1], A.shape[2]
-    for i_b in prange(B):
-        b = np.int64(i_b)
-        for t in range(T):
-            A[t, b] = W_in[x[t, b]]
-            if drop[0]:
-                _drop(A[t, b], start, (t * B + b) * width, drop[0], drop[1])
-        W = W_h[0 if pooled else user[b]]
-        _forward_column(kind, b, states, cache, A[:T], W, event, carry, init)
-
-
-@threads
-def _backward_run(
-    kind, T, user, pooled, start, drop, W_h, ms, event, carry, dH, states, cache, init, ds, dA,
-    dW_h, length, rule,
-):  # fmt: skip
-    """The cell's backward pass with input dropout; moves each user's own W_h."""
-    B, width = dA.shape[1], dA.shape[2]
-    D = dH.shape[2]
-    for i_b in prange(B):
-        b = np.int64(i_b)
-        W = W_h[0 if pooled else user[b]]
-        _backward_column(kind, b, dH[:T], states, cache, init, W, event, carry, ds[b], dA, dW_h[b])
-        if drop[0]:
-            for t in range(T):
-                _drop(dA[t, b], start, (t * B + b) * width, drop[0], drop[1])
-        if length[b] and not pooled:
-            own = ms[user[b]]
-            for k in range(D):
-                _rmsprop(W[k], own[k], dW_h[b, k], rule[0], rule[1], rule[2], rule[3])
+    work.size[0], work.size[1] = T, N
 
 
 @serial
-def _move_items(T, x, event, dA, W_in, ms, stamp, step, dense, slot, rows, dW_in, rule):
-    """Sum dA over the events of each item and move the rows of W_in."""
-    count = 0
+def _move_items(p, n, T, start, drop, dense, step, W_in, ms, stamp, rule, work):
+    """Sum dA, with input dropout, over the events of each item and move the rows of W_in.
+
+    Thread p has the items i with i % n == p. The sum grows in dA of the item's first event.
+    """
+    B, width = work.x.shape[0], W_in.shape[1]
     for t in range(T):
-        for b in range(x.shape[1]):
-            if event[t, b] == 0:
+        for b in range(B):
+            i = work.x[b, t]
+            if work.event[b, t] == 0 or i % n != p:
                 continue
-            i = x[t, b]
-            if slot[i] < 0:
-                slot[i] = count
-                rows[count] = i
-                dW_in[count] = dA[t, b]
-                count += 1
+            da = work.dA[b, t]
+            if drop[0]:
+                _drop(da, start, (t * B + b) * width, drop[0], drop[1])
+            if work.slot[i] < 0:
+                work.slot[i] = t * B + b
             else:
-                total = dW_in[slot[i]]
-                for j in range(total.size):
-                    total[j] += dA[t, b, j]
-    for k in range(count):
-        i = rows[k]
-        slot[i] = -1
-        if dense:
-            late = rule[1] ** W_in.dtype.type(step - 1 - stamp[i])
-            stamp[i] = step
-            for j in range(ms.shape[1]):
-                ms[i, j] *= late
-        _rmsprop(W_in[i], ms[i], dW_in[k], rule[0], rule[1], rule[2], rule[3])
+                total = work.dA[work.slot[i] % B, work.slot[i] // B]
+                for j in range(width):
+                    total[j] += da[j]
+    for t in range(T):
+        for b in range(B):
+            i = work.x[b, t]
+            if work.event[b, t] == 0 or i % n != p or work.slot[i] != t * B + b:
+                continue
+            work.slot[i] = -1
+            if dense:
+                late = rule[1] ** W_in.dtype.type(step - 1 - stamp[i])
+                stamp[i] = step
+                for j in range(width):
+                    ms[i, j] *= late
+            _rmsprop(W_in[i], ms[i], work.dA[b, t], rule[0], rule[1], rule[2], rule[3])
+
+
+@serial
+def _move_recurrent(p, n, kind, T, user, length, lanes, W_h, ms, rule, work):
+    """dW_h of every column and its RMSprop; thread p has some rows of each matrix."""
+    pooled = W_h.shape[0] == 1
+    begin, end = _share(p, n, W_h.shape[1], 1)
+    seen = False
+    for b in range(user.size):
+        if length[b] == 0 or begin == end:
+            continue
+        _recurrent_gradient(
+            kind, pooled and seen, T, begin, end, b, work.cell, work.dA[b], work.dW_h, lanes
+        )
+        seen = True
+        if not pooled:
+            for k in range(begin, end):
+                W, own = W_h[user[b], k], ms[user[b], k]
+                _rmsprop(W, own, work.dW_h[k], rule[0], rule[1], rule[2], rule[3])
+    if pooled and seen:
+        for k in range(begin, end):
+            _rmsprop(W_h[0, k], ms[0, k], work.dW_h[k], rule[0], rule[1], rule[2], rule[3])
 
 
 @serial
 def _train(
-    kind, init, drop_in, drop_out, rule, dense, scale, lanes, limits, params, ms, indptr, items,
-    run, s, work, out,
+    p, n, gate, kind, init, drop_in, drop_out, rule, dense, scale, lanes, limits, params, ms,
+    indptr, items, run, s, work, out,
 ):  # fmt: skip
-    """Algorithm 1 on a run of windows, in place; returns the summed loss and the events."""
+    """Algorithm 1 on a run of windows, in place, thread p of n.
+
+    Returns the summed loss of thread p's events and the number of all events. drop_in and drop_out
+    are (threshold, factor).
+    """
     W_h, W_in, W_out = params
     pooled = W_h.shape[0] == 1
-    D, width = W_out.shape[1], out.shift.size
+    D, width, block = W_out.shape[1], W_in.shape[1], out.total.shape[1]
+    cell = work.cell
     total, events = 0.0, 0
+    old, first, move = -1, True, False
     for k in range(run.key.size):
         user, length = run.user[k], run.length[k]
         B = user.size
-        T, N = _read_window(
-            indptr, items, user, run.start[k], length, run.fresh[k], run.target_from[k],
-            work.x, work.event, work.carry, work.cells, work.y,
-        )  # fmt: skip
+        step = ms.step[0] + k + 1
         start_in, start_out = _mix(run.key[k] + INPUT), _mix(run.key[k] + OUTPUT)
-        work.states[0] = s[0]
-        _forward_run(
-            kind, T, user, pooled, start_in, drop_in, W_in, W_h, work.x, work.event, work.carry,
-            work.A, work.states, work.cache, init,
-        )  # fmt: skip
-        s[0] = work.states[T]
+        if p == 0:
+            _read_window(
+                indptr, items, user, run.start[k], length, run.fresh[k], run.target_from[k], work
+            )
+        _meet(n, gate)
+        T, N = work.size[0], work.size[1]
+        begin, end = _share(p, n, T * B, 1)
+        for q in range(begin, end):
+            b, t = q // T, q % T
+            cell.gates[b, t] = W_in[work.x[b, t]]
+            if drop_in[0]:
+                _drop(cell.gates[b, t], start_in, (t * B + b) * width, drop_in[0], drop_in[1])
+        _meet(n, gate)
+        for b in range(p, B, n):
+            W = W_h[0 if pooled else user[b]]
+            cell.states[b, 0] = s[0, b]
+            _forward_column(kind, T, b, cell, W, work.event[b], work.carry[b], init, lanes)
+            s[0, b] = cell.states[b, T]
+            work.dH[b, :T] = 0
+        _meet(n, gate)
 
-        work.dH[:T] = 0
-        for n in range(N):
-            t, b = work.cells[n, 0], work.cells[n, 1]
-            work.H[n] = work.states[t + 1, b]
-            if drop_out[0]:
-                _drop(work.H[n], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
-        blocks = max((N + width - 1) // width, 1)
-        m = 0
-        for block in range(blocks):
-            lo, hi = block * N // blocks, (block + 1) * N // blocks
-            if hi > lo:
-                loss, m = _softmax(
-                    work.H[lo:hi], W_out, work.y[lo:hi], scale, lanes, out, work.dH_cells[lo:hi],
-                    limits[0], limits[1],
+        blocks = max((N + block - 1) // block, 1)
+        for q in range(blocks):
+            lo, hi = q * N // blocks, (q + 1) * N // blocks
+            begin, end = _share(p, n, (hi - lo + lanes - 1) // lanes * lanes, lanes)
+            for c in range(lo + begin, min(lo + end, hi)):
+                t, b = work.cells[c, 0], work.cells[c, 1]
+                work.H[c] = cell.states[b, t + 1]
+                if drop_out[0]:
+                    _drop(work.H[c], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
+            if N == 0:
+                _meet(n, gate)
+                _tiles(p, n, W_out, ms.W_out, lanes, old, first, move, 0, out, rule)
+                old = 0
+            else:
+                loss, old = _softmax(
+                    p, n, gate, work.H[lo:hi], W_out, ms.W_out, work.y[lo:hi], scale, lanes, out,
+                    work.dH_cells[lo:hi], limits, old, first, move, rule,
                 )  # fmt: skip
                 total += loss
-            _item_gradients(
-                W_out, ms.W_out, m, lanes, out, blocks == 1, block == 0, block == blocks - 1, rule
-            )
-        for n in range(N):
-            t, b = work.cells[n, 0], work.cells[n, 1]
-            if drop_out[0]:
-                _drop(work.dH_cells[n], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
-            work.dH[t, b] = work.dH_cells[n]
+            first, move = q == 0, q == blocks - 1
+            for c in range(lo + begin, min(lo + end, hi)):
+                t, b = work.cells[c, 0], work.cells[c, 1]
+                if drop_out[0]:
+                    _drop(work.dH_cells[c], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
+                work.dH[b, t] = work.dH_cells[c]
+        _meet(n, gate)
 
-        _backward_run(
-            kind, T, user, pooled, start_in, drop_in, W_h, ms.W_h, work.event, work.carry, work.dH,
-            work.states, work.cache, init, work.ds, work.dA, work.dW_h, length, rule,
-        )  # fmt: skip
-        if pooled and T:
-            for b in range(1, B):
-                work.dW_h[0] += work.dW_h[b]
-            for j in range(D):
-                _rmsprop(
-                    W_h[0, j], ms.W_h[0, j], work.dW_h[0, j], rule[0], rule[1], rule[2], rule[3]
-                )
-        ms.step[0] += 1
-        _move_items(
-            T, work.x, work.event, work.dA, W_in, ms.W_in, ms.stamp, ms.step[0], dense,
-            work.slot, work.rows, work.dW_in, rule,
-        )  # fmt: skip
+        for b in range(p, B, n):
+            W = W_h[0 if pooled else user[b]]
+            _backward_column(
+                kind, T, b, cell, work.dH[b], W, work.W_T[p], work.event[b], work.carry[b],
+                work.ds[b], work.dA[b], lanes,
+            )  # fmt: skip
+        _meet(n, gate)
+        _move_recurrent(p, n, kind, T, user, length, lanes, W_h, ms.W_h, rule, work)
+        _meet(n, gate)
+        _move_items(p, n, T, start_in, drop_in, dense, step, W_in, ms.W_in, ms.stamp, rule, work)
+        _meet(n, gate)
         events += N
+    if old >= 0:
+        _tiles(p, n, W_out, ms.W_out, lanes, old, first, move, 0, out, rule)
+    _meet(n, gate)
+    if p == 0:
+        ms.step[0] += run.key.size
     return total, events
 
 
@@ -1010,7 +1395,7 @@ def train_run(
     run : Slice
         With an axis of K windows; a user at most once among the columns of a window.
     work
-        From `workspace`.
+        From `workspace`; it fixes the number of threads.
 
     Returns
     -------
@@ -1022,7 +1407,10 @@ def train_run(
         return dropout_threshold(p), real(1) / real(1 - p)
 
     numbers = (rule.learning_rate, rule.rho, 1 - rule.rho, rule.eps)
-    return _train(
+    arrays, out = work
+    results = _together(
+        len(out.S),
+        _train,
         KINDS[spec.cell_kind],
         real(spec.init_state),
         dropping(spec.dropout_in),
@@ -1038,5 +1426,7 @@ def train_run(
         log.items,
         run,
         s,
-        *work,
+        arrays,
+        out,
     )
+    return sum(loss for loss, _ in results), results[0][1]
