@@ -347,8 +347,6 @@ def train(directory, out, preset, backend, log_file, **changes):
             f"{parts.train.n_users} users, {parts.train.n_items} items, "
             f"{parts.train.n_events} training events; {model}"
         )
-        if backend == "numba":
-            click.echo("Loading kernels; the first time they are compiled, which takes a minute.")
         for report in model.epochs(parts.train, progress=progress):
             record = report._asdict()
             del record["params"], record["accumulators"]

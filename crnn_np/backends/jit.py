@@ -227,10 +227,24 @@ def _meet(n, gate):
             _yield()
 
 
+def _load(kernel: Callable[..., Any], *arguments: Any) -> None:
+    """Read a kernel from the disk cache or compile it, and say so where that takes long."""
+    message = "compiling for this processor, up to a minute; later runs read the result from disk"
+    patience = threading.Timer(1.5, log_.info, [message])
+    patience.daemon = True
+    patience.start()
+    try:
+        kernel.compile(tuple(map(numba.typeof, arguments)))
+    finally:
+        patience.cancel()
+
+
 def _together(n: int, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Results of kernel(p, n, gate, *arguments) in n threads, p = 0 in the caller's."""
     gate = np.zeros(16, np.int64)
     results = [None] * n
+    if not kernel.signatures:
+        _load(kernel, np.int64(0), np.int64(n), gate, *arguments)
 
     def work(p: int) -> None:
         results[p] = kernel(np.int64(p), np.int64(n), gate, *arguments)
