@@ -122,6 +122,13 @@ class CollaborativeRNN:
             )
         )
 
+    def estimate(self, train: EventLog, validation: EventLog | None = None) -> training.Estimate:
+        """What `fit` will need: memory, time, parameters (`training.estimate`).
+
+        Takes some seconds; the model stays as it is.
+        """
+        return training.estimate(*self.settings, train, validation=validation, backend=self.backend)
+
     def _begin(self, train: EventLog) -> None:
         self.fitted = self.settings
         self._user_ids, self._item_ids = train.user_ids, train.item_ids

@@ -1,6 +1,10 @@
 """Training: fused runs against the loop over `step`, early stopping, and what a run leaves."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +12,8 @@ import pytest
 
 from crnn_np import backends, model, training
 from crnn_np.data import concatenate, cut_tail, from_sequences
-from crnn_np.errors import SettingsError, TrainingError
+from crnn_np.errors import DataError, SettingsError, TrainingError
+from crnn_np.estimator import CollaborativeRNN
 from crnn_np.evaluation import evaluate
 from crnn_np.model import Spec
 from crnn_np.optim import Rule
@@ -578,3 +583,151 @@ def test_clipping_goes_through_step(monkeypatch):
     assert_same_run(spec, rule, with_(window=2), LOG, start, limits, windows=20)
     with pytest.raises(AssertionError, match="knows no clipping"):
         run_epochs("numba", spec, RULE, PLAN, LOG, start)
+
+
+# What a run will need
+
+
+@pytest.mark.parametrize("backend", backends.MODULES)
+def test_an_estimate_counts_what_a_run_does(backend):
+    found = training.estimate(SPEC, RULE, with_(epochs=5), LOG, backend=backend)
+    report = train(with_(epochs=1), backend=backend)[0]
+    assert found.events == report.events
+    assert found.windows == int(report.accumulators.step[0])
+    assert found.parameters == sum(block.size for block in report.params)
+    assert found.epochs == 5
+    assert found.seconds == 5 * found.seconds_per_epoch > 0
+    assert found.validation_seconds == 0
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_estimate_with_early_stopping_counts_both_phases(given):
+    plan = with_(epochs=5, patience=2)
+    log, validation = LOG, None
+    if given:
+        log, validation = cut_tail(LOG, training.validation_lengths(plan, LOG.lengths))
+    found = training.estimate(SPEC, RULE, plan, log, validation=validation, backend="numpy")
+    first = next(training.epochs(SPEC, RULE, plan, log, validation=validation, backend="numpy"))
+    assert (found.events, found.epochs) == (first.events, 10)
+    assert found.validation_seconds > 0
+    choosing = 5 * (found.seconds_per_epoch + found.validation_seconds)
+    refit = 5 * found.seconds_per_epoch * 73 / found.events
+    assert found.seconds == pytest.approx(choosing + refit)
+    plan = with_(plan, refit=False)
+    kept = training.estimate(SPEC, RULE, plan, log, validation=validation, backend="numpy")
+    assert kept.epochs == 5
+    assert kept.seconds == pytest.approx(5 * (kept.seconds_per_epoch + kept.validation_seconds))
+
+
+@pytest.mark.parametrize("order", ["random", "length"])
+@pytest.mark.parametrize("slow", [0.1, 10, 100])
+def test_the_time_of_an_epoch_is_scaled_from_some_of_its_windows(monkeypatch, order, slow):
+    """On a clock that gives a window 0.1 ms, and 0.05 ms more for each event, times `slow`."""
+    clock, calls = 0.0, []
+
+    def scripted(backend, spec, rule, scale, params, acc, s, log, run, work):
+        nonlocal clock
+        events = np.clip(log.lengths[run.user] - 1 - run.start, 0, run.length).sum()
+        clock += slow * (1e-4 * run.key.size + 5e-5 * events)
+        calls.append(run.key.size)
+
+    monkeypatch.setattr(training, "train_run", scripted)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock)
+    rng = np.random.default_rng(5)
+    log = random_log(rng, rng.integers(1, 2000, 600), 9)
+    plan = Plan(batch=8, window=16, order=order)
+    params = model.initialise(SPEC, log.n_users, log.n_items, 0)
+    arguments = (backends.get("numpy"), SPEC, RULE, plan, params, None, log)
+    seconds = training._epoch_seconds(*arguments)
+    windows = epoch_slices(plan, log.lengths, 1).key.size
+    events = np.maximum(log.lengths - 1, 0).sum()
+    expected = slow * (1e-4 * windows + 5e-5 * events)
+    if slow == 0.1:
+        assert sum(calls) == windows + 2  # all of it, where that takes no longer
+        assert seconds == pytest.approx(expected)
+    else:
+        assert seconds == pytest.approx(expected, rel=0.05)
+        assert clock < training.SAMPLE_SECONDS + 0.1 + 4 * slow * (1e-4 + 5e-5 * 8 * 16)
+
+
+def test_an_estimate_changes_and_leaves_nothing(temporary, monkeypatch):
+    monkeypatch.chdir(temporary)
+    fitted = CollaborativeRNN(preset=None, backend="numpy", hidden_size=3, epochs=1).fit(LOG)
+    before, reports = digest(fitted), fitted.reports
+    fitted.set_params(patience=2, hidden_size=5)
+    assert fitted.estimate(LOG).parameters == 6 * 5 * 15 + 12 * 15 + 12 * 5
+    assert digest(fitted) == before
+    assert fitted.reports is reports
+    assert fitted.fitted.spec.hidden_size == 3
+    assert not list(temporary.iterdir())
+
+
+def test_an_estimate_of_a_log_without_a_pair_of_events():
+    for log in (from_sequences([[1], [0], []], 3), from_sequences([[], []], 3)):
+        found = training.estimate(SPEC, RULE, PLAN, log, backend="numpy")
+        assert found.events == 0
+        assert found.windows == log.n_events // 2
+        with pytest.raises(DataError, match="no held-out event"):
+            training.estimate(SPEC, RULE, with_(patience=1), log, backend="numpy")
+
+
+def test_more_memory_than_the_machine_has(monkeypatch):
+    monkeypatch.setattr(training.os, "sysconf", lambda name: 1000)
+    with pytest.raises(SettingsError, match=r"GB of memory and this machine has 0.0 GB: lower"):
+        training.estimate(SPEC, RULE, PLAN, LOG, backend="numpy")
+
+
+def test_memory_does_not_grow_with_what_is_not_resident():
+    """Users have a W_h each; the rehearsal makes few of them, however many there are."""
+    many = from_sequences([[0, 1]] * 100, 2)._replace(
+        indptr=np.zeros(10**6 + 1, np.int64), user_ids=np.empty(10**6, object)
+    )
+    spec = Spec(hidden_size=400)
+    found = training.memory(spec, RULE, PLAN, many, backend="numpy")
+    tables = 2 * 4 * 3 * 10**6 * 400**2
+    assert tables < found < 1.01 * tables
+
+
+def test_resident_memory_without_proc(monkeypatch):
+    now, most = training._resident()
+    assert 0 < now <= most
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(training.Path, "read_text", missing)
+    assert training._resident()[0] == training._resident()[1] >= now
+
+
+MEASURED = """
+import sys, numpy as np
+from crnn_np import training
+from crnn_np.data import from_sequences
+from crnn_np.model import Spec
+from crnn_np.optim import Rule
+from crnn_np.windows import Plan
+
+backend, patience, clip = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+rng = np.random.default_rng(0)
+log = from_sequences([rng.integers(0, 60_000, 100) for _ in range(8)], 60_000)
+settings = Spec(hidden_size=64), Rule(clip=clip), Plan(4, 32, epochs=1, patience=patience)
+needed = training.memory(*settings, log, backend=backend)
+before = training._resident()[1]
+for report in training.epochs(*settings, log, backend=backend):
+    pass
+print(needed, before, training._resident()[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "patience", "clip"),
+    [("numpy", 0, 0), ("numba", 0, 0), ("numba", 0, 1), ("numpy", 1, 0), ("numba", 1, 0)],
+)
+def test_memory_is_what_a_run_needs(backend, patience, clip):
+    """In a process of its own, of which 120 to 250 MB are parameters and accumulators."""
+    command = [sys.executable, "-c", MEASURED, backend, str(patience), str(clip)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parents[1])}
+    text = subprocess.check_output(command, env=environment, text=True)
+    needed, before, most = map(int, text.split())
+    assert before < most, "the run, not the rehearsal, needed most"
+    assert needed == pytest.approx(most, rel=0.15)
