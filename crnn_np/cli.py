@@ -302,7 +302,7 @@ def _settings_options(command):
 
 @main.command()
 @click.argument("directory", type=click.Path())
-@click.option("--out", type=click.Path(), help="Model file to write; needed but with --dry-run.")
+@click.option("--out", type=click.Path(), help="Model file to write.  [required without --dry-run]")
 @click.option(
     "--dry-run",
     is_flag=True,

@@ -444,18 +444,8 @@ def _rehearse(
     The tables, parameters and accumulators, are those of few users. NumPy tells `tracemalloc` of
     every array, so that a backend's own work arrays count as well.
     """
-    traced = tracemalloc.is_tracing()
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    tracemalloc.reset_peak()
-    work = _workspace(module, spec, plan, log)
-    part = log
-    if plan.patience:
-        part, validation, _ = _validation_split(plan, log, validation)
-    run = epoch_slices(plan, part.lengths, 1)
     users = min(max(plan.batch, 64), log.n_users)  # 64: those that `evaluate` has side by side
-    longest = int(log.lengths.max(initial=0))
-    length = min(max(plan.window, 128) + 1, longest)
+    length = min(max(plan.window, 128) + 1, int(log.lengths.max(initial=0)))
     few = EventLog(
         np.arange(users + 1) * length,
         np.arange(users * length, dtype=np.int32) % np.int32(max(log.n_items, 1)),
@@ -463,19 +453,29 @@ def _rehearse(
         log.user_ids[:users],
         log.item_ids,
     )
-    params = Params(*(np.zeros(n, spec.dtype) for n in shapes(spec, users, log.n_items).values()))
-    acc = new_accumulators(params)
-    s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
     first = epoch_slices(plan, few.lengths, 1).part(0, 1)
-    train_run(module, spec, rule, plan.scale, params, acc, s, few, first, work)
-    if plan.patience:
-        whole = concatenate(part, validation)
-        evaluate(module, spec, params, *cut_tail(few, np.clip(few.lengths - 1, 0, 8)))
-        del whole
-    peak = tracemalloc.get_traced_memory()[1]
-    if not traced:
-        tracemalloc.stop()
-    del run
+    traced = tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        held = [_workspace(module, spec, plan, log)]
+        part = log
+        if plan.patience:
+            part, validation, _ = _validation_split(plan, log, validation)
+        held.append(epoch_slices(plan, part.lengths, 1))
+        blocks = shapes(spec, users, log.n_items).values()
+        params = Params(*(np.zeros(shape, spec.dtype) for shape in blocks))
+        acc = new_accumulators(params)
+        s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+        train_run(module, spec, rule, plan.scale, params, acc, s, few, first, held[0])
+        if plan.patience:
+            held.append(concatenate(part, validation))
+            evaluate(module, spec, params, *cut_tail(few, np.clip(few.lengths - 1, 0, 8)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        if not traced:
+            tracemalloc.stop()
     return peak - before - sum(block.nbytes for block in (*params, *acc))
 
 
@@ -488,6 +488,24 @@ def load_kernels(spec: Spec, rule: Rule, plan: Plan, backend: str = "numba") -> 
 
 def _n_parameters(spec: Spec, log: EventLog) -> int:
     return sum(math.prod(shape) for shape in shapes(spec, log.n_users, log.n_items).values())
+
+
+def _table_bytes(spec: Spec, plan: Plan, log: EventLog) -> int:
+    """Bytes of parameters and accumulators."""
+    once = 2 * _n_parameters(spec, log) * np.dtype(spec.dtype).itemsize + 8 * log.n_items
+    # With early stopping the last epoch's are still there when the result is made or read.
+    return 2 * once if plan.patience else once
+
+
+def _check_room(needed: int) -> None:
+    """Raise SettingsError where the machine has less memory than `needed` bytes."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise SettingsError(
+            f"training needs {needed / 1e9:.1f} GB of memory and this machine has "
+            f"{there / 1e9:.1f} GB: lower hidden_size, or prepare the data with fewer users or "
+            "items"
+        )
 
 
 def memory(
@@ -508,11 +526,7 @@ def memory(
     load_kernels(spec, rule, plan, backend)
     now, most = _resident()
     beside = _rehearse(backends.get(backend), spec, rule, plan, log, validation)
-    numbers = _n_parameters(spec, log)
-    tables = 2 * numbers * np.dtype(spec.dtype).itemsize + 8 * log.n_items
-    if plan.patience:  # the best epoch's are still there while those of the refit are made
-        tables *= 2
-    return max(most, now + beside + tables)
+    return max(most, now + beside + _table_bytes(spec, plan, log))
 
 
 def _epoch_seconds(
@@ -601,14 +615,9 @@ def estimate(
         The run needs more memory than the machine has.
     """
     module = backends.get(backend)
+    _check_room(_table_bytes(spec, plan, log))
     needed = memory(spec, rule, plan, log, validation=validation, backend=backend)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise SettingsError(
-            f"training needs {needed / 1e9:.1f} GB of memory and this machine has "
-            f"{there / 1e9:.1f} GB: lower hidden_size, or prepare the data with fewer users or "
-            "items"
-        )
+    _check_room(needed)
     part = whole = log
     if plan.patience:
         part, validation, whole = _validation_split(plan, log, validation)

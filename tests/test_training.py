@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -669,10 +670,13 @@ def test_an_estimate_of_a_log_without_a_pair_of_events():
         assert found.windows == log.n_events // 2
         with pytest.raises(DataError, match="no held-out event"):
             training.estimate(SPEC, RULE, with_(patience=1), log, backend="numpy")
+        assert not tracemalloc.is_tracing()
 
 
-def test_more_memory_than_the_machine_has(monkeypatch):
-    monkeypatch.setattr(training.os, "sysconf", lambda name: 1000)
+@pytest.mark.parametrize("there", [100, 25_000_000])
+def test_more_memory_than_the_machine_has(monkeypatch, there):
+    """Less than the tables, and less than the process."""
+    monkeypatch.setattr(training.os, "sysconf", lambda name: math.isqrt(there))
     with pytest.raises(SettingsError, match=r"GB of memory and this machine has 0.0 GB: lower"):
         training.estimate(SPEC, RULE, PLAN, LOG, backend="numpy")
 
