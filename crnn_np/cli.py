@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import sys
 import time
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Literal, get_args, get_origin
 
 import click
 
-from . import backends, data, datasets, presets, reading
+from . import backends, data, datasets, planning, presets, reading
 from .demo import demo
 from .errors import CrnnError, ModelError
 from .estimator import CollaborativeRNN
@@ -300,7 +301,13 @@ def _settings_options(command):
 
 @main.command()
 @click.argument("directory", type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="Model file to write.")
+@click.option("--out", type=click.Path(), help="Model file to write.  [required without --dry-run]")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only print what the training will need, windows, parameters, memory and time, after "
+    "some seconds of measuring; write nothing.",
+)
 @click.option(
     "--preset",
     type=click.Choice(presets.names()),
@@ -317,24 +324,30 @@ def _settings_options(command):
 )
 @click.option("--log", "log_file", type=click.Path(), help="JSON lines.  [default: OUT.jsonl]")
 @_settings_options
-def train(directory, out, preset, backend, log_file, **changes):
+def train(directory, out, dry_run, preset, backend, log_file, **changes):
     """Train on the prepared data in DIRECTORY and write the model OUT.
 
     \b
     crnn-np train bk --preset authors --out bk.model
     crnn-np train bk --preset paper --hidden-size 64 --seed 1 --out bk.model
+    crnn-np train bk --preset paper --hidden-size 512 --dry-run
 
     The preset gives every setting; its Last.fm column is taken where the data were prepared with
     --like lastfm. OUT.jsonl gets a line with the settings and one for each epoch. The model is
     written after each epoch, so that an interrupted training leaves the last one.
     """
-    out = Path(out)
+    if not (out or dry_run):
+        raise click.MissingParameter(param_hint="'--out'", param_type="option")
+    out = Path(out or "model")
     if not out.absolute().parent.is_dir():
         raise ModelError(f"{out}: its folder does not exist; make it first")
     parts = data.load(directory)
     changes = {name: value for name, value in changes.items() if value is not None}
     like = data.load_stats(directory)["like"]
     model = CollaborativeRNN(preset=preset, like=like, backend=backend, **changes)
+    if dry_run:
+        _dry_run(model, parts.train)
+        return
     log_path = Path(log_file or f"{out}.jsonl")
     with log_path.open("w", encoding="utf-8") as lines, _epoch_progress() as progress:
 
@@ -347,6 +360,8 @@ def train(directory, out, preset, backend, log_file, **changes):
             f"{parts.train.n_users} users, {parts.train.n_items} items, "
             f"{parts.train.n_events} training events; {model}"
         )
+        needed = planning.memory(*model.settings, parts.train, backend=backend)
+        click.echo(_memory_line(needed))
         for report in model.epochs(parts.train, progress=progress):
             record = report._asdict()
             del record["params"], record["accumulators"]
@@ -355,6 +370,47 @@ def train(directory, out, preset, backend, log_file, **changes):
             if report.phase != "choose":
                 model.save(out)
     click.echo(f"model written to {out}, log to {log_path}")
+
+
+def _dry_run(model, log):
+    """Print what training will need."""
+    click.echo(
+        f"{log.n_users:,} users, {log.n_items:,} items, {log.n_events:,} training events; {model}"
+    )
+    if model.backend == "numba":
+        click.echo("Measuring, for some seconds; a first run compiles its kernels, up to a minute.")
+        # Compiled elsewhere: the compiler's memory is no part of a later run that finds them.
+        spawn = multiprocessing.get_context("spawn")
+        compiling = spawn.Process(
+            target=planning.load_kernels, args=(*model.settings, model.backend)
+        )
+        compiling.start()
+        compiling.join()
+    plan = model.settings.plan
+    found = model.estimate(log)
+    click.echo(f"{found.windows:,} windows an epoch, {found.parameters:,} parameters")
+    click.echo(_memory_line(found.bytes))
+    time_line = f"time: {_duration(found.seconds_per_epoch)} an epoch, "
+    if plan.patience:
+        time_line += f"{_duration(found.validation_seconds)} its validation, at most "
+    time_line += f"{_duration(found.seconds)} for {plan.epochs} epoch{'s' * (plan.epochs > 1)}"
+    if plan.patience and plan.refit:
+        time_line += " and as many of the refit"
+    click.echo(time_line)
+
+
+def _memory_line(n_bytes) -> str:
+    return f"memory: {n_bytes / 1e9:.2f} GB at most"
+
+
+def _duration(seconds) -> str:
+    """2.31 s, 41 s, 3 min 20 s, 12 h 5 min."""
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _epoch_line(report) -> str:

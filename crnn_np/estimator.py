@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from . import backends, evaluation, model, training
+from . import backends, evaluation, model, planning, training
 from .data import EventLog
 from .errors import ModelError
 from .presets import Settings, resolve
@@ -121,6 +121,13 @@ class CollaborativeRNN:
                 progress=progress,
             )
         )
+
+    def estimate(self, train: EventLog, validation: EventLog | None = None) -> planning.Estimate:
+        """What `fit` will need: memory, time, parameters (`planning.estimate`).
+
+        Takes some seconds; the model stays as it is.
+        """
+        return planning.estimate(*self.settings, train, validation=validation, backend=self.backend)
 
     def _begin(self, train: EventLog) -> None:
         self.fitted = self.settings

@@ -112,16 +112,20 @@ class Accumulators(NamedTuple):
     step: Array
 
 
-def initialise(spec: Spec, n_users: int, n_items: int, seed: int) -> Params:
-    """Parameters drawn from N(0, 1/D) (Section 2.3); each block has a stream of its own."""
+def shapes(spec: Spec, n_users: int, n_items: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each block of `Params`."""
     D, G = spec.hidden_size, spec.gates
     matrices = n_users if spec.sharing == "collaborative" else 1
-    shapes = Params((matrices, D, G * D), (n_items, G * D), (n_items, D))
+    return {"W_h": (matrices, D, G * D), "W_in": (n_items, G * D), "W_out": (n_items, D)}
+
+
+def initialise(spec: Spec, n_users: int, n_items: int, seed: int) -> Params:
+    """Parameters drawn from N(0, 1/D) (Section 2.3); each block has a stream of its own."""
     blocks = []
-    for name, shape in zip(Params._fields, shapes, strict=True):
+    for name, shape in shapes(spec, n_users, n_items).items():
         rng = np.random.default_rng([seed, *name.encode()])
         values = rng.standard_normal(shape, np.dtype(spec.dtype).type)
-        blocks.append(values / values.dtype.type(np.sqrt(D)))
+        blocks.append(values / values.dtype.type(np.sqrt(spec.hidden_size)))
     return Params(*blocks)
 
 

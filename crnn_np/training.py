@@ -202,6 +202,22 @@ def validation_lengths(plan: Plan, lengths: Array) -> Array:
     return np.clip(n, 0, np.maximum(lengths - 1, 0))
 
 
+def workspace(module: ModuleType, spec: Spec, plan: Plan, log: EventLog) -> Any:
+    """Work arrays of a backend's fused run; None where it has none."""
+    if hasattr(module, "workspace"):
+        return module.workspace(spec, log.n_items, plan.batch, plan.window)
+    return None
+
+
+def validation_split(
+    plan: Plan, log: EventLog, validation: EventLog | None
+) -> tuple[EventLog, EventLog, EventLog]:
+    """The part to train on, the validation part, and both as one log."""
+    if validation is None:
+        return *cut_tail(log, validation_lengths(plan, log.lengths)), log
+    return log, validation, concatenate(log, validation)
+
+
 def _train_epoch(
     backend: ModuleType,
     spec: Spec,
@@ -286,9 +302,7 @@ def epochs(
             "begins anew; set patience=0 or leave the parameters out"
         )
     module = backends.get(backend)
-    work = None
-    if hasattr(module, "workspace"):
-        work = module.workspace(spec, log.n_items, plan.batch, plan.window)
+    work = workspace(module, spec, plan, log)
 
     def start() -> tuple[Params, Accumulators]:
         new = initialise(spec, log.n_users, log.n_items, plan.seed)
@@ -312,11 +326,7 @@ def epochs(
         yield from train("train", log, params, accumulators, first_epoch, last)
         return
 
-    if validation is None:
-        part, validation = cut_tail(log, validation_lengths(plan, log.lengths))
-        whole = log
-    else:
-        part, whole = log, concatenate(log, validation)
+    part, validation, whole = validation_split(plan, log, validation)
     best, best_epoch = np.inf, 0
     with tempfile.TemporaryDirectory(prefix="crnn_np-") as folder:
         kept = Path(folder) / "best.npz"

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from crnn_np import data, datasets, reading
+from crnn_np import cli, data, datasets, reading
 from crnn_np.cli import main
 from crnn_np.errors import DataError
 from crnn_np.estimator import CollaborativeRNN
@@ -351,6 +352,73 @@ def test_early_stopping_reports_both_phases(prepared, tmp_path):
     assert all(line["validation"]["nll"] > 0 for line in chosen)
     assert len(refit) == chosen[-1]["best_epoch"]
     assert "validation" in result.output
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """An empty folder, the current one and that of temporary files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_a_dry_run_prints_the_plan_and_leaves_no_file(prepared, empty, backend):
+    options = ("--preset", "authors", "--backend", backend, "--hidden-size", 3, "--epochs", 7)
+    result = run("train", prepared / "table", "--dry-run", *options, "--window", 8)
+    assert result.exit_code == 0, result.output
+    first, *_, sizes, memory, time = result.output.splitlines()
+    assert first.startswith("3 users, 9 items, 88 training events; CollaborativeRNN(")
+    assert sizes == f"5 windows an epoch, {3 * 3 * 9 + 9 * 9 + 9 * 3} parameters"
+    assert re.fullmatch(r"memory: \d+\.\d\d GB at most", memory)
+    assert re.fullmatch(r"time: [\d.e-]+ s an epoch, [\d.e-]+ s for 7 epochs", time)
+    assert not list(empty.iterdir())
+
+
+def test_a_dry_run_with_early_stopping(prepared, empty):
+    options = (*SMALL, "--patience", 1, "--out", "m", "--log", "l")
+    for refit, end in ((True, "for 2 epochs and as many of the refit"), (False, "for 2 epochs")):
+        result = run("train", prepared / "table", "--dry-run", *options, "--refit", refit)
+        assert result.exit_code == 0, result.output
+        time = result.output.splitlines()[-1]
+        assert " its validation, at most " in time
+        assert time.endswith(end)
+    assert not list(empty.iterdir())
+
+
+def test_a_dry_run_refuses_what_training_refuses(prepared, empty):
+    wrong = ("--dry-run", "--dropout-in", "1.5")
+    assert "dropout_in is 1.5" in fails("train", prepared / "table", *SMALL, *wrong)
+    assert "no such directory" in fails("train", empty / "nowhere", *SMALL, "--dry-run")
+    assert not list(empty.iterdir())
+
+
+def test_only_a_dry_run_needs_no_out(prepared, empty):
+    result = run("train", prepared / "table", *SMALL)
+    assert result.exit_code == 2
+    assert "Missing option '--out'" in result.output
+    assert not list(empty.iterdir())
+
+
+def test_training_begins_with_its_memory(prepared, tmp_path):
+    result = run("train", prepared / "table", "--out", tmp_path / "m", *SMALL)
+    assert re.match(r"memory: \d+\.\d\d GB at most", result.output.splitlines()[1])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.1234, "0.123 s"),
+        (59.4, "59.4 s"),
+        (59.99, "1 min 0 s"),
+        (60, "1 min 0 s"),
+        (200.4, "3 min 20 s"),
+        (3599.9, "1 h 0 min"),
+        (1e6, "277 h 46 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert cli._duration(seconds) == text
 
 
 def test_the_preset_follows_the_kind_of_log(prepared, tmp_path):

@@ -1,0 +1,283 @@
+"""What a run will need before it is made: memory counted, time measured on a sample of windows."""
+
+import math
+import os
+import sys
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from . import backends
+from .data import EventLog, concatenate, cut_tail, from_sequences
+from .errors import SettingsError
+from .evaluation import evaluate
+from .model import Accumulators, Params, Spec, initialise, new_accumulators, shapes
+from .optim import Rule
+from .training import train_run, validation_split, workspace
+from .windows import Plan, epoch_slices
+
+Array = np.ndarray
+
+SAMPLE_SECONDS = 4.0  # `estimate` trains windows, and validates, for about this long each
+PIECE_SECONDS = 0.1  # in pieces that take about this long
+
+
+class Estimate(NamedTuple):
+    """What a run will need, as `estimate` says.
+
+    Attributes
+    ----------
+    windows : int
+        Of an epoch.
+    events : int
+        Events that are predicted in an epoch.
+    parameters : int
+        Numbers in W_h, W_in and W_out.
+    bytes : int
+        Largest resident memory of this process, all of it, if it makes the run.
+    seconds_per_epoch : float
+        Training only, without the validation.
+    validation_seconds : float
+        The validation after an epoch; 0 without early stopping.
+    epochs : int
+        The most epochs there can be, those of the refit among them.
+    seconds : float
+        Of all these epochs with their validation.
+    """
+
+    windows: int
+    events: int
+    parameters: int
+    bytes: int
+    seconds_per_epoch: float
+    validation_seconds: float
+    epochs: int
+    seconds: float
+
+
+def _resident() -> tuple[int, int]:
+    """Resident memory of this process in bytes, now and the most so far.
+
+    Where the system does not tell what it is now (macOS), it is taken to be the most so far.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kilobytes = dict(line.split()[:2] for line in lines if line.startswith(("VmRSS", "VmHWM")))
+        return int(kilobytes["VmRSS:"]) * 1024, int(kilobytes["VmHWM:"]) * 1024
+    except (OSError, KeyError):
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        most *= 1 if sys.platform == "darwin" else 1024
+        return most, most
+
+
+def _rehearse(
+    module: ModuleType,
+    spec: Spec,
+    rule: Rule,
+    plan: Plan,
+    log: EventLog,
+    validation: EventLog | None,
+) -> int:
+    """Train a full window and validate, on few users; bytes held beside the tables at the most.
+
+    The tables, parameters and accumulators, are those of few users. NumPy tells `tracemalloc` of
+    every array, so that a backend's own work arrays count as well.
+    """
+    users = min(max(plan.batch, 64), log.n_users)  # 64: those that `evaluate` has side by side
+    length = min(max(plan.window, 128) + 1, int(log.lengths.max(initial=0)))
+    few = EventLog(
+        np.arange(users + 1) * length,
+        np.arange(users * length, dtype=np.int32) % np.int32(max(log.n_items, 1)),
+        None,
+        log.user_ids[:users],
+        log.item_ids,
+    )
+    first = epoch_slices(plan, few.lengths, 1).part(0, 1)
+    traced = tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        held = [workspace(module, spec, plan, log)]
+        part = log
+        if plan.patience:
+            part, validation, _ = validation_split(plan, log, validation)
+        held.append(epoch_slices(plan, part.lengths, 1))
+        blocks = shapes(spec, users, log.n_items).values()
+        params = Params(*(np.zeros(shape, spec.dtype) for shape in blocks))
+        acc = new_accumulators(params)
+        s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+        train_run(module, spec, rule, plan.scale, params, acc, s, few, first, held[0])
+        if plan.patience:
+            held.append(concatenate(part, validation))
+            evaluate(module, spec, params, *cut_tail(few, np.clip(few.lengths - 1, 0, 8)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        if not traced:
+            tracemalloc.stop()
+    return peak - before - sum(block.nbytes for block in (*params, *acc))
+
+
+def load_kernels(spec: Spec, rule: Rule, plan: Plan, backend: str = "numba") -> None:
+    """Have a backend load, or compile, all that a run with these settings calls."""
+    tiny = from_sequences([[0, 1, 2], [0, 1, 2]])
+    small = replace(plan, batch=1, window=2, validation_range=(1, 1))
+    _rehearse(backends.get(backend), replace(spec, hidden_size=1), rule, small, tiny, None)
+
+
+def _n_parameters(spec: Spec, log: EventLog) -> int:
+    return sum(math.prod(shape) for shape in shapes(spec, log.n_users, log.n_items).values())
+
+
+def _table_bytes(spec: Spec, plan: Plan, log: EventLog) -> int:
+    """Bytes of parameters and accumulators."""
+    once = 2 * _n_parameters(spec, log) * np.dtype(spec.dtype).itemsize + 8 * log.n_items
+    # With early stopping the last epoch's are still there when the result is made or read.
+    return 2 * once if plan.patience else once
+
+
+def _check_room(needed: int) -> None:
+    """Raise SettingsError where the machine has less memory than `needed` bytes."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise SettingsError(
+            f"training needs {needed / 1e9:.1f} GB of memory and this machine has "
+            f"{there / 1e9:.1f} GB: lower hidden_size, or prepare the data with fewer users or "
+            "items"
+        )
+
+
+def memory(
+    spec: Spec,
+    rule: Rule,
+    plan: Plan,
+    log: EventLog,
+    *,
+    validation: EventLog | None = None,
+    backend: str = "numba",
+) -> int:
+    """Largest resident memory in bytes of this process, all of it, if it makes a run of `epochs`.
+
+    What the process holds with the kernels loaded is measured, and one window rehearsed for what
+    is held beside parameters and accumulators. Where kernels had to be compiled, the memory of the
+    compiler counts too; the next process loads them and needs less.
+    """
+    load_kernels(spec, rule, plan, backend)
+    now, most = _resident()
+    beside = _rehearse(backends.get(backend), spec, rule, plan, log, validation)
+    return max(most, now + beside + _table_bytes(spec, plan, log))
+
+
+def _epoch_seconds(
+    module: ModuleType,
+    spec: Spec,
+    rule: Rule,
+    plan: Plan,
+    params: Params,
+    acc: Accumulators,
+    log: EventLog,
+) -> float:
+    """Time of an epoch, from some of its windows, full and ragged alike; writes to the tables."""
+    run = epoch_slices(plan, log.lengths, 1)
+    n_windows = run.key.size
+    if not n_windows:
+        return 0.0
+    work = workspace(module, spec, plan, log)
+    s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+    events = np.clip(log.lengths[run.user] - 1 - run.start, 0, run.length).sum(axis=1)
+
+    def timed(first: int, last: int) -> float:
+        began = time.perf_counter()
+        part = run.part(first, last)
+        train_run(module, spec, rule, plan.scale, params, acc, s, log, part, work)
+        return time.perf_counter() - began
+
+    fullest = int(np.argmax(events))
+    timed(fullest, fullest + 1)  # not counted: it touches the work arrays for the first time
+    pace = PIECE_SECONDS / max(timed(fullest, fullest + 1), 1e-9)
+    size = int(np.clip(pace, 1, n_windows))
+    starts = np.arange(0, n_windows, size)
+    per_piece = np.add.reduceat(events, starts)
+    by_size = np.argsort(per_piece, kind="stable")
+    golden = np.arange(starts.size) * (math.sqrt(5) - 1) / 2 % 1
+    spread = np.argsort(np.argsort(golden))  # any first few are spread evenly over all
+    seconds, done = 0.0, 0
+    for piece in by_size[spread]:
+        seconds += timed(starts[piece], starts[piece] + size)
+        done += int(per_piece[piece])
+        if seconds > SAMPLE_SECONDS:
+            break
+    return seconds * int(events.sum()) / max(done, 1)
+
+
+def _validation_seconds(
+    module: ModuleType, spec: Spec, params: Params, whole: EventLog, validation: EventLog
+) -> float:
+    """Time of a validation, from users of middling length where all would take long."""
+
+    def timed(users: Array) -> float:
+        tail = np.zeros_like(whole.lengths)
+        tail[users] = validation.lengths[users]
+        parts = cut_tail(whole, tail)
+        began = time.perf_counter()
+        evaluate(module, spec, params, *parts)
+        return time.perf_counter() - began
+
+    every = np.flatnonzero(validation.lengths)
+    every = every[np.argsort(whole.lengths[every], kind="stable")]
+    middle = max(every.size // 2 - 32, 0)
+    some = every[middle : middle + 64]
+    seconds = timed(some)
+    ratio = int(whole.lengths[every].sum()) / max(int(whole.lengths[some].sum()), 1)
+    if seconds * ratio > SAMPLE_SECONDS:
+        return seconds * ratio
+    return timed(every)
+
+
+def estimate(
+    spec: Spec,
+    rule: Rule,
+    plan: Plan,
+    log: EventLog,
+    *,
+    validation: EventLog | None = None,
+    backend: str = "numba",
+) -> Estimate:
+    """What a run of `epochs` with these arguments will need; nothing is kept or written.
+
+    Memory is counted (`memory`); time is measured on a sample of the first epoch's windows, with
+    parameters of its own, and scaled by events. Takes some seconds.
+
+    Raises
+    ------
+    SettingsError
+        The run needs more memory than the machine has.
+    """
+    module = backends.get(backend)
+    _check_room(_table_bytes(spec, plan, log))
+    needed = memory(spec, rule, plan, log, validation=validation, backend=backend)
+    _check_room(needed)
+    part = whole = log
+    if plan.patience:
+        part, validation, whole = validation_split(plan, log, validation)
+    params = initialise(spec, log.n_users, log.n_items, plan.seed)
+    acc = new_accumulators(params)
+    seconds = _epoch_seconds(module, spec, rule, plan, params, acc, part)
+    events, whole_events = (int(np.maximum(x.lengths - 1, 0).sum()) for x in (part, whole))
+    epochs, validating, total = plan.epochs, 0.0, plan.epochs * seconds
+    if plan.patience:
+        validating = _validation_seconds(module, spec, params, whole, validation)
+        total += plan.epochs * validating
+        if plan.refit:
+            epochs *= 2
+            total += plan.epochs * seconds * whole_events / max(events, 1)
+    windows = int(epoch_slices(plan, part.lengths, 1).key.size)
+    n_parameters = _n_parameters(spec, log)
+    return Estimate(windows, events, n_parameters, needed, seconds, validating, epochs, total)

@@ -1,0 +1,184 @@
+"""What a run will need: counted and measured before it, held against the run itself."""
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crnn_np import backends, model, planning, training
+from crnn_np.data import cut_tail, from_sequences
+from crnn_np.errors import DataError, SettingsError
+from crnn_np.estimator import CollaborativeRNN
+from crnn_np.model import Spec
+from crnn_np.optim import Rule
+from crnn_np.windows import Plan, epoch_slices
+
+
+def random_sequences(rng, lengths, n_items):
+    return from_sequences([rng.integers(0, n_items, n) for n in lengths], n_items)
+
+
+LOG = random_sequences(np.random.default_rng(2), [30, 9, 14, 1, 22, 3], 12)
+SPEC = Spec(hidden_size=3)
+RULE = Rule(learning_rate=0.05, rho=0.9, eps=1e-4)
+PLAN = Plan(batch=2, window=8, epochs=1, loss_scale="mean", validation_range=(2, 4))
+
+
+def digest(fitted):
+    return b"".join(block.tobytes() for block in (*fitted.params, *fitted.accumulators))
+
+
+@pytest.mark.parametrize("backend", backends.MODULES)
+def test_an_estimate_counts_what_a_run_does(backend):
+    found = planning.estimate(SPEC, RULE, replace(PLAN, epochs=5), LOG, backend=backend)
+    report = list(training.epochs(SPEC, RULE, PLAN, LOG, backend=backend))[0]
+    assert found.events == report.events
+    assert found.windows == int(report.accumulators.step[0])
+    assert found.parameters == sum(block.size for block in report.params)
+    assert found.epochs == 5
+    assert found.seconds == 5 * found.seconds_per_epoch > 0
+    assert found.validation_seconds == 0
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_estimate_with_early_stopping_counts_both_phases(given):
+    plan = replace(PLAN, epochs=5, patience=2)
+    log, validation = LOG, None
+    if given:
+        log, validation = cut_tail(LOG, training.validation_lengths(plan, LOG.lengths))
+    found = planning.estimate(SPEC, RULE, plan, log, validation=validation, backend="numpy")
+    first = next(training.epochs(SPEC, RULE, plan, log, validation=validation, backend="numpy"))
+    assert (found.events, found.epochs) == (first.events, 10)
+    assert found.validation_seconds > 0
+    choosing = 5 * (found.seconds_per_epoch + found.validation_seconds)
+    refit = 5 * found.seconds_per_epoch * 73 / found.events
+    assert found.seconds == pytest.approx(choosing + refit)
+    plan = replace(plan, refit=False)
+    kept = planning.estimate(SPEC, RULE, plan, log, validation=validation, backend="numpy")
+    assert kept.epochs == 5
+    assert kept.seconds == pytest.approx(5 * (kept.seconds_per_epoch + kept.validation_seconds))
+
+
+@pytest.mark.parametrize("order", ["random", "length"])
+@pytest.mark.parametrize("slow", [0.1, 10, 100])
+def test_the_time_of_an_epoch_is_scaled_from_some_of_its_windows(monkeypatch, order, slow):
+    """On a clock that gives a window 0.1 ms, and 0.05 ms more for each event, times `slow`."""
+    clock, calls = 0.0, []
+
+    def scripted(backend, spec, rule, scale, params, acc, s, log, run, work):
+        nonlocal clock
+        events = np.clip(log.lengths[run.user] - 1 - run.start, 0, run.length).sum()
+        clock += slow * (1e-4 * run.key.size + 5e-5 * events)
+        calls.append(run.key.size)
+
+    monkeypatch.setattr(planning, "train_run", scripted)
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock)
+    rng = np.random.default_rng(5)
+    log = random_sequences(rng, rng.integers(1, 2000, 600), 9)
+    plan = Plan(batch=8, window=16, order=order)
+    params = model.initialise(SPEC, log.n_users, log.n_items, 0)
+    arguments = (backends.get("numpy"), SPEC, RULE, plan, params, None, log)
+    seconds = planning._epoch_seconds(*arguments)
+    windows = epoch_slices(plan, log.lengths, 1).key.size
+    events = np.maximum(log.lengths - 1, 0).sum()
+    expected = slow * (1e-4 * windows + 5e-5 * events)
+    if slow == 0.1:
+        assert sum(calls) == windows + 2  # all of it, where that takes no longer
+        assert seconds == pytest.approx(expected)
+    else:
+        assert seconds == pytest.approx(expected, rel=0.05)
+        assert clock < planning.SAMPLE_SECONDS + 0.1 + 4 * slow * (1e-4 + 5e-5 * 8 * 16)
+
+
+def test_an_estimate_changes_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fitted = CollaborativeRNN(preset=None, backend="numpy", hidden_size=3, epochs=1).fit(LOG)
+    before, reports = digest(fitted), fitted.reports
+    fitted.set_params(patience=2, hidden_size=5)
+    assert fitted.estimate(LOG).parameters == 6 * 5 * 15 + 12 * 15 + 12 * 5
+    assert digest(fitted) == before
+    assert fitted.reports is reports
+    assert fitted.fitted.spec.hidden_size == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_estimate_of_a_log_without_a_pair_of_events():
+    for log in (from_sequences([[1], [0], []], 3), from_sequences([[], []], 3)):
+        found = planning.estimate(SPEC, RULE, PLAN, log, backend="numpy")
+        assert found.events == 0
+        assert found.windows == log.n_events // 2
+        with pytest.raises(DataError, match="no held-out event"):
+            planning.estimate(SPEC, RULE, replace(PLAN, patience=1), log, backend="numpy")
+        assert not tracemalloc.is_tracing()
+
+
+@pytest.mark.parametrize("there", [100, 25_000_000])
+def test_more_memory_than_the_machine_has(monkeypatch, there):
+    """Less than the tables, and less than the process."""
+    monkeypatch.setattr(planning.os, "sysconf", lambda name: math.isqrt(there))
+    with pytest.raises(SettingsError, match=r"GB of memory and this machine has 0.0 GB: lower"):
+        planning.estimate(SPEC, RULE, PLAN, LOG, backend="numpy")
+
+
+def test_memory_does_not_grow_with_what_is_not_resident():
+    """Users have a W_h each; the rehearsal makes few of them, however many there are."""
+    many = from_sequences([[0, 1]] * 100, 2)._replace(
+        indptr=np.zeros(10**6 + 1, np.int64), user_ids=np.empty(10**6, object)
+    )
+    spec = Spec(hidden_size=400)
+    found = planning.memory(spec, RULE, PLAN, many, backend="numpy")
+    tables = 2 * 4 * 3 * 10**6 * 400**2
+    assert tables < found < 1.01 * tables
+
+
+def test_resident_memory_without_proc(monkeypatch):
+    now, most = planning._resident()
+    assert 0 < now <= most
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(planning.Path, "read_text", missing)
+    assert planning._resident()[0] == planning._resident()[1] >= now
+
+
+MEASURED = """
+import sys, numpy as np
+from crnn_np import planning, training
+from crnn_np.data import from_sequences
+from crnn_np.model import Spec
+from crnn_np.optim import Rule
+from crnn_np.windows import Plan
+
+backend, patience, clip = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+rng = np.random.default_rng(0)
+log = from_sequences([rng.integers(0, 60_000, 100) for _ in range(8)], 60_000)
+settings = Spec(hidden_size=64), Rule(clip=clip), Plan(4, 32, epochs=1, patience=patience)
+needed = planning.memory(*settings, log, backend=backend)
+before = planning._resident()[1]
+for report in training.epochs(*settings, log, backend=backend):
+    pass
+print(needed, before, planning._resident()[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "patience", "clip"),
+    [("numpy", 0, 0), ("numba", 0, 0), ("numba", 0, 1), ("numpy", 1, 0), ("numba", 1, 0)],
+)
+def test_memory_is_what_a_run_needs(backend, patience, clip):
+    """In a process of its own, of which 120 to 250 MB are parameters and accumulators."""
+    command = [sys.executable, "-c", MEASURED, backend, str(patience), str(clip)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parents[1])}
+    text = subprocess.check_output(command, env=environment, text=True)
+    needed, before, most = map(int, text.split())
+    assert before < most, "the run, not the rehearsal, needed most"
+    assert needed == pytest.approx(most, rel=0.15)
