@@ -72,7 +72,7 @@ def contenders(items: int, D: int, m: int) -> dict[str, tuple[Callable[[], None]
     """What is timed: name -> (a call, its operations in GFLOP)."""
     W, ms, out = work(items, D, m)
     n, lanes, product = len(out.S), jit._lanes(FLOAT), 2e-9 * items * D * m
-    repeat = max(1, int(10 / product / 100))
+    repeat = max(1, int(10 / product))
 
     def passes(old: int, move: bool, m: int) -> Callable[[], None]:
         return lambda: jit._together(n, _pass, repeat, W, ms, lanes, old, move, m, out, RULE)

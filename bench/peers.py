@@ -1,111 +1,55 @@
 """Training speed beside PyTorch on the same machine, interleaved.
 
     pip install 'crnn_np[bench]'
-    python bench/peers.py [DIR] [--rounds 7] [--threads 2] [--json FILE]
+    python bench/peers.py [DIR] [--quick] [--rounds 7] [--threads 2] [--json FILE]
 
-Both sides take full windows of the presets' batches, "1 x 128" (paper) and "20 x 64" (authors), of
-the collaborative GRU with its tanh candidate, without dropout. Rounds alternate; the ratio is taken
-round by round. DIR is a prepared data set: its users, items and sequences; without it, the shape
-of Brightkite in the paper (1,679 users, 23,243 items) with items drawn Zipf-like.
+Events per second on full windows of the presets' batches, "1 x 128" (paper) and "20 x 64"
+(authors), of the collaborative GRU with its tanh candidate, without dropout: for the shapes of
+Brightkite and Last.fm in the paper with items drawn Zipf-like, or for the users, items and
+sequences of a prepared data set DIR.
 
-The peer is what a PyTorch user would write with care: one W_h parameter for each user, so that
-only the window's users are moved, the users stacked for one batched product a step, the other
-tables dense as torch.optim has them.
+Each contender is a process of its own, which waits while another runs; rounds alternate and ratios
+are taken round by round. `torch_peers.py` has the peers.
+
+For DIR there is a second table: our rate at the windows of an epoch as they come, short ones
+included and with dropout, beside the rate at full windows; events without a target do not count.
 """
 
 import json
-import math
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import numpy as np
-import torch
 from machine import describe_machine
-from torch import nn
 
 import crnn_np
-from crnn_np import backends, model
 from crnn_np.windows import Slice, epoch_slices
 
+SHAPES = {"Brightkite": (1679, 23243, 32), "Last.fm": (954, 48188, 128)}
 BATCHES = {"1 x 128": "paper", "20 x 64": "authors"}
+TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+OURS, EAGER, FLOOR = "crnn_np", "PyTorch eager", "best product"
+PEERS = {  # name: (class of torch_peers, environment)
+    EAGER: ("Eager", {}),
+    "PyTorch by hand, tuned malloc": ("ByHand", TUNED),
+    "torch.compile, tuned malloc": ("Compiled", TUNED),
+    "pooled nn.GRU, tuned malloc": ("Pooled", TUNED),
+}
+QUOTED = (
+    "The authors' TensorFlow code was not run here. Quoted, measured once on 2 cores of a Zen 5 "
+    "EPYC: an early prototype of this package was 19.2 (Brightkite 1 x 128), 6.9 (20 x 64), 5.0 "
+    "(Last.fm 1 x 128) and 2.8 times (20 x 64) as fast."
+)
 
 
-class EagerGRU(nn.Module):
-    """The collaborative GRU of Eqs. 21-24 for automatic differentiation."""
-
-    def __init__(self, users: int, items: int, D: int) -> None:
-        super().__init__()
-        scale = 1 / math.sqrt(D)
-        self.W_in = nn.Embedding(items, 3 * D)
-        self.W_out = nn.Linear(D, items, bias=False)
-        self.W_h = nn.ParameterList(
-            [nn.Parameter(torch.randn(D, 3 * D) * scale) for _ in range(users)]
-        )
-        for table in (self.W_in.weight, self.W_out.weight):
-            nn.init.normal_(table, 0, scale)
-
-    def forward(self, user, x, h):
-        """Loss (mean over cells) and the last state of a window x [B, T]."""
-        y, x = x[:, 1:], x[:, :-1]
-        D = h.shape[1]
-        W = torch.stack([self.W_h[u] for u in user])
-        W_zr, W_c = W[:, :, : 2 * D], W[:, :, 2 * D :]
-        A = self.W_in(x)
-        h, states = h.unsqueeze(1), []
-        for t in range(x.shape[1]):
-            a = A[:, t : t + 1]
-            zr = torch.sigmoid(torch.bmm(h, W_zr) + a[..., : 2 * D])
-            z, r = zr.chunk(2, -1)
-            new = torch.tanh(torch.bmm(r * h, W_c) + a[..., 2 * D :])
-            h = h + z * (new - h)
-            states.append(h)
-        H = torch.cat(states, 1).reshape(-1, D)
-        loss = nn.functional.cross_entropy(self.W_out(H), y.reshape(-1))
-        return loss, h.squeeze(1)
-
-
-class Eager:
-    """PyTorch eager with torch.optim.RMSprop."""
-
-    name = "PyTorch eager"
-
-    def __init__(self, users: int, items: int, rule: crnn_np.Rule, D: int, B: int) -> None:
-        torch.manual_seed(0)
-        self.net = EagerGRU(users, items, D)
-        self.optimiser = torch.optim.RMSprop(
-            self.net.parameters(), lr=rule.learning_rate, alpha=rule.rho, eps=rule.eps
-        )
-        self.h = torch.zeros(B, D)
-
-    def run(self, windows) -> None:
-        for user, x in windows:
-            self.optimiser.zero_grad(set_to_none=True)
-            loss, h = self.net(user.tolist(), x, self.h)
-            loss.backward()
-            self.optimiser.step()
-            self.h = h.detach()
-
-
-class Ours:
-    """`train_run` of the Numba backend."""
-
-    name = "crnn_np numba"
-
-    def __init__(self, log, settings, run: Slice) -> None:
-        spec, rule, plan = settings
-        self.backend = backends.get("numba")
-        params = model.initialise(spec, log.n_users, log.n_items, 0)
-        work = self.backend.workspace(spec, log.n_items, plan.batch, plan.window)
-        s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
-        self.arguments = (spec, rule, plan.scale, params, model.new_accumulators(params), s, log)
-        self.work, self.slices = work, run
-
-    def run(self, first: int, last: int) -> int:
-        part = self.slices.part(first, last)
-        return self.backend.train_run(*self.arguments, part, self.work)[1]
+# ---------------------------------------------------------------- the windows
 
 
 def zipf_log(users: int, items: int, length: int) -> crnn_np.EventLog:
@@ -124,81 +68,317 @@ def full_windows(log, plan, K: int) -> Slice:
     return Slice(*(field[order] for field in run))
 
 
-def torch_windows(log, run: Slice):
+def torch_windows(log, run: Slice) -> Iterator:
     """The same windows for PyTorch: users, and x [B, T + 1] with the event that follows."""
+    import torch
+
     for k in range(run.key.size):
         piece = run.one(k)
-        T = int(piece.length.max())
         at = log.indptr[piece.user] + piece.start
-        index = np.minimum(at[:, None] + np.arange(T + 1), log.n_events - 1)
-        yield piece.user, torch.from_numpy(log.items[index].astype(np.int64))
+        index = np.minimum(at[:, None] + np.arange(piece.length.max() + 1), log.n_events - 1)
+        users = torch.from_numpy(piece.user.astype(np.int64))
+        yield users, torch.from_numpy(log.items[index].astype(np.int64))
 
 
-def compare(log, preset: str, D: int, rounds: int) -> dict:
-    """Events per second of both sides over alternating rounds."""
+def case_of(spec: dict):
+    """Log, settings and D of a case."""
     settings = crnn_np.resolve(
-        preset, hidden_size=D, candidate="tanh", dropout_in=0.0, dropout_out=0.0
+        spec["preset"], hidden_size=spec["D"], candidate="tanh", dropout_in=0.0, dropout_out=0.0
     )
+    if spec["directory"]:
+        return crnn_np.load(spec["directory"]).train, settings
+    users, items, _ = SHAPES[spec["shape"]]
+    return zipf_log(users, items, 260), settings
+
+
+# ---------------------------------------------------------------- contenders, each in a process
+
+
+def ours(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
+    """Events and seconds of a run of `train_run`."""
+    import numba
+
+    numba.set_num_threads(spec["threads"])
+    log, settings = case_of(spec)
+    train = trainer(log, settings)
+    run = full_windows(log, settings.plan, 4096)
+    train(run.part(0, 1))
+    events, took = train(run.part(0, 2))
+    K = max(2, min(run.key.size, round(2 * seconds / took)))
+    return lambda: train(run.part(0, K))
+
+
+def trainer(log, settings) -> Callable[[Slice], tuple[float, float]]:
+    """A function that trains on windows and tells their events and seconds."""
+    from crnn_np import backends, model
+
+    spec, rule, plan = settings
+    backend = backends.get("numba")
+    params = model.initialise(spec, log.n_users, log.n_items, 0)
+    acc = model.new_accumulators(params)
+    work = backend.workspace(spec, log.n_items, plan.batch, plan.window)
+    s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+
+    def train(run: Slice) -> tuple[float, float]:
+        began = time.perf_counter()
+        _, events = backend.train_run(spec, rule, plan.scale, params, acc, s, log, run, work)
+        return events, time.perf_counter() - began
+
+    return train
+
+
+def peer(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
+    """Events and seconds of some windows in PyTorch."""
+    import torch
+    import torch_peers
+
+    torch.set_num_threads(spec["threads"])
+    torch.manual_seed(0)
+    log, settings = case_of(spec)
     plan = settings.plan
-    cells = plan.batch * plan.window
-    ours_windows, peer_windows = max(4, 8192 // cells), max(2, 2048 // cells)
-    run = full_windows(log, plan, ours_windows)
-    ours = Ours(log, settings, run)
-    peer = Eager(log.n_users, log.n_items, settings.rule, D, plan.batch)
-    windows = list(torch_windows(log, run.part(0, peer_windows)))
-    ours.run(0, 1)
-    peer.run(windows[:1])
-    rates = {ours.name: [], peer.name: []}
-    for _ in range(rounds):
+    windows = list(torch_windows(log, full_windows(log, plan, 64)))
+    contender = getattr(torch_peers, PEERS[spec["name"]][0])(
+        log.n_users, log.n_items, spec["D"], settings.rule, plan.batch
+    )
+
+    def run(some) -> tuple[float, float]:
         began = time.perf_counter()
-        events = ours.run(0, run.key.size)
-        rates[ours.name].append(events / (time.perf_counter() - began))
+        contender.run(some)
+        events = sum(x.shape[0] * (x.shape[1] - 1) for _, x in some)
+        return events, time.perf_counter() - began
+
+    run(windows[:2])
+    _, took = run(windows[2:3])
+    K = max(1, min(len(windows), round(seconds / took)))
+    return lambda: run(windows[:K])
+
+
+def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
+    """Operations (GFLOP) and seconds of the fastest float32 product: ours, NumPy's, PyTorch's."""
+    import torch
+    from kernels import product_rate
+
+    torch.set_num_threads(spec["threads"])
+    a = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    b = torch.from_numpy(a)
+
+    def rate(product: Callable) -> float:
         began = time.perf_counter()
-        peer.run(windows)
-        events = sum(x.shape[0] * (x.shape[1] - 1) for _, x in windows)
-        rates[peer.name].append(events / (time.perf_counter() - began))
-    ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
+        product()
+        return 2e-9 * 1024**3 / (time.perf_counter() - began)
+
+    def best() -> tuple[float, float]:
+        others = max(rate(product) for product in 5 * [lambda: a @ a, lambda: b @ b])
+        return max(others, product_rate(spec["threads"])), 1.0
+
+    return best
+
+
+def ragged(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
+    """Rate at an epoch's windows as they come and at full ones, with the preset's dropout."""
+    import numba
+
+    numba.set_num_threads(spec["threads"])
+    log = crnn_np.load(spec["directory"]).train
+    settings = crnn_np.resolve(spec["preset"], hidden_size=spec["D"])
+    train = trainer(log, settings)
+    full = full_windows(log, settings.plan, 4096)
+    train(full.part(0, 1))
+    _, took = train(full.part(0, 2))
+    K = max(2, min(full.key.size, round(2 * seconds / took)))
+    epoch = epoch_slices(settings.plan, log.lengths, 1)
+    # pieces from all over the epoch, whose short windows come together
+    starts = np.linspace(0, max(epoch.key.size - 4, 0), max(K // 4, 1)).astype(int)
+    pick = np.unique(starts[:, None] + np.arange(4))
+    pick = pick[pick < epoch.key.size]
+    some = Slice(*(field[pick] for field in epoch))
+
+    def both() -> tuple[float, float]:
+        events, took = train(some)
+        full_events, full_took = train(full.part(0, K))
+        return events / took, full_events / full_took
+
+    return both
+
+
+def work(spec: dict) -> None:
+    """A contender's process: runs once for each line it reads, and answers with a line."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(**answer) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    makers = {OURS: ours, FLOOR: floor, "ragged": ragged}
+    try:
+        run = makers.get(spec["name"], peer)(spec, spec["seconds"])
+        say(ready=True)
+        for _ in sys.stdin:
+            amount, seconds = run()
+            say(
+                amount=amount,
+                seconds=seconds,
+                peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            )
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        say(failed=f"{type(error).__name__}: {lines[0][:120]}")
+
+
+class Contender:
+    """The parent's end of a contender's process."""
+
+    def __init__(self, spec: dict) -> None:
+        self.name = spec["name"]
+        tuned = PEERS.get(self.name, ("", {}))[1]
+        passive = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # not to spin while waiting
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=passive | os.environ | tuned,
+        )
+        self.rates: list[float] = []
+        self.answers: list[dict] = []
+        self.failed = self._answer().get("failed")
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"failed": f"ended with {self.process.wait()}"}
+
+    def run(self) -> None:
+        """One round."""
+        if self.failed:
+            return
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.failed = answer.get("failed")
+        if not self.failed:
+            self.answers.append(answer)
+            self.rates.append(answer["amount"] / answer["seconds"])
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def blas() -> dict:
+    """The BLAS of NumPy with its core type, and PyTorch's version and libraries."""
+    import threadpoolctl
+    import torch
+
+    found = [
+        {key: pool.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas"
+    ]
+    settings = (line.strip() for line in torch.__config__.show().splitlines())
     return {
-        "batch": f"{plan.batch} x {plan.window}",
-        "events_per_second": {name: statistics.median(v) for name, v in rates.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        "numpy": np.__version__,
+        "numpy_blas": found,
+        "torch": torch.__version__,
+        "torch_libraries": [line for line in settings if "Library" in line or "MKL-DNN" in line],
     }
+
+
+def compare(spec: dict, names: list[str], rounds: int) -> dict:
+    """Rates of all contenders over alternating rounds of one case."""
+    contenders = []
+    for name in names:
+        click.echo(f"{spec['title']}: {name} warms up", err=True)
+        contenders.append(Contender(spec | {"name": name}))
+    for r in range(rounds):
+        click.echo(f"{spec['title']}: round {r + 1} of {rounds}", err=True)
+        for contender in contenders:
+            contender.run()
+    row = {"case": spec["title"], "operations_per_event": spec["operations"], "contenders": {}}
+    for contender in contenders:
+        contender.end()
+        if contender.failed:
+            row["contenders"][contender.name] = {"failed": contender.failed}
+            continue
+        row["contenders"][contender.name] = {
+            "rates": contender.rates,
+            "median": statistics.median(contender.rates),
+            "peak_gb": max(a["peak"] for a in contender.answers) / 1e6,
+        }
+    return row
+
+
+def show(row: dict) -> None:
+    """Print one case."""
+    found = row["contenders"]
+    mine = found[OURS]
+    click.echo(f"\n{row['case']:40}{'events/s':>10}{'times':>8}  {'(range)':14}{'peak GB':>8}")
+    for name, result in found.items():
+        if name == FLOOR:
+            continue
+        if "failed" in result or "failed" in mine:
+            click.echo(f"  {name:38}{'failed: ' + result.get('failed', 'see crnn_np')}")
+            continue
+        ratios = [a / b for a, b in zip(mine["rates"], result["rates"], strict=True)]
+        spread = f"({min(ratios):.1f} to {max(ratios):.1f})"
+        click.echo(
+            f"  {name:38}{result['median']:10,.0f}{statistics.median(ratios):8.1f}  {spread:14}"
+            f"{result['peak_gb']:8.2f}"
+        )
+    if "median" in found[FLOOR] and "median" in mine:
+        best = found[FLOOR]["median"]
+        share = mine["median"] * row["operations_per_event"] / 1e9 / best
+        click.echo(f"  share of the floor: {share:.0%} of {best:.0f} GFLOP/s, the best product")
 
 
 @click.command()
 @click.argument("directory", required=False, type=click.Path(exists=True, file_okay=False))
-@click.option("--hidden-size", "D", default=32, show_default=True)
+@click.option("--hidden-size", "D", default=32, show_default=True, help="With DIRECTORY.")
+@click.option("--quick", is_flag=True, help="Within 8 minutes on 2 cores: 3 short rounds.")
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-def main(directory, D: int, rounds: int, threads: int, json_file: Path | None) -> None:
-    """Print training events per second beside PyTorch's, and their ratio."""
-    import numba
-
-    torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
-    log = crnn_np.load(directory).train if directory else zipf_log(1679, 23243, 520)
+@click.option("--worker", hidden=True)
+def main(directory, D: int, quick: bool, rounds: int, threads: int, json_file, worker) -> None:
+    """Print training events per second beside PyTorch's, their ratios, and peak memory."""
+    if worker:
+        work(json.loads(worker))
+        return
     about = describe_machine() | {
         "threads": threads,
-        "torch": torch.__version__,
-        "data": Path(directory).name if directory else "Zipf-like",
-        "users": log.n_users,
-        "items": log.n_items,
-        "hidden_size": D,
         "date": time.strftime("%Y-%m-%d"),
+        "data": Path(directory).name if directory else "items drawn Zipf-like",
+        **blas(),
     }
-    click.echo(json.dumps(about))
-    click.echo(f"{'batch':10}{'crnn_np':>12}{'PyTorch eager':>16}{'times':>8}  (range)")
+    click.echo(json.dumps(about, indent=1))
+    common = {
+        "directory": str(Path(directory).resolve()) if directory else None,
+        "threads": threads,
+        "seconds": 0.5 if quick else 1.0,
+    }
+    rounds = 3 if quick else rounds
+    shapes = SHAPES
+    if directory:
+        log = crnn_np.load(directory).train
+        shapes = {Path(directory).name: (log.n_users, log.n_items, D)}
     rows = []
-    for batch, preset in BATCHES.items():
-        row = compare(log, preset, D, rounds)
-        rows.append(row)
-        ours, peer = row["events_per_second"].values()
-        low, high = row["ratio_range"]
-        click.echo(
-            f"{batch:10}{ours:12,.0f}{peer:16,.0f}{row['ratio']:8.1f}  ({low:.1f} to {high:.1f})"
-        )
+    for shape, (users, items, size) in shapes.items():
+        for batch, preset in BATCHES.items():
+            title = f"{shape} {batch} ({users:,} users, {items:,} items, D = {size})"
+            spec = common | {"title": title, "shape": shape, "preset": preset, "D": size}
+            spec["operations"] = 6 * size * items
+            rows.append(compare(spec, [OURS, *PEERS, FLOOR], rounds))
+            show(rows[-1])
+            if directory:
+                row = compare(spec | {"title": f"{shape} {batch}"}, ["ragged"], rounds)
+                rows.append(row)
+                result = row["contenders"]["ragged"]
+                said = f"{result['median']:.0%}" if "median" in result else result["failed"]
+                click.echo(f"  windows as they come, with dropout, of full ones: {said}")
+    click.echo(f"\n{QUOTED}")
     if json_file:
         json_file.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 

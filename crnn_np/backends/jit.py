@@ -829,8 +829,8 @@ LINE = 64  # bytes
 
 
 def _block_width(D: int) -> int:
-    """Most events of a block: its share of HT, U and G fits in the second-level cache."""
-    return 128 if D <= 64 else 256
+    """Most events of a block: more save passes over W_out, but E, HT, U and G grow with them."""
+    return 128 if D <= 64 else 512
 
 
 def _row_length(n: int, dtype: np.dtype) -> int:
