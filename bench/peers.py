@@ -232,13 +232,12 @@ class Contender:
     def __init__(self, spec: dict) -> None:
         self.name = spec["name"]
         tuned = PEERS.get(self.name, ("", {}))[1]
-        passive = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # not to spin while waiting
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=passive | os.environ | tuned,
+            env=os.environ | tuned,
         )
         self.rates: list[float] = []
         self.answers: list[dict] = []
@@ -252,6 +251,7 @@ class Contender:
         """One round."""
         if self.failed:
             return
+        time.sleep(0.1)  # the threads of the one before stop spinning
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         answer = self._answer()
