@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin
 
 import click
 
-from . import backends, data, datasets, planning, presets, reading
+from . import backends, data, datasets, methods, planning, presets, reading
 from .demo import demo
 from .errors import CrnnError, ModelError
 from .estimator import CollaborativeRNN
@@ -309,6 +309,13 @@ def _settings_options(command):
     "some seconds of measuring; write nothing.",
 )
 @click.option(
+    "--model",
+    "name",
+    type=click.Choice(methods.NAMES),
+    help="The model, by its name in the paper's tables. Those before p-gru are baselines: they "
+    "choose their settings on a validation part.  [default: what preset and options say]",
+)
+@click.option(
     "--preset",
     type=click.Choice(presets.names()),
     default="paper",
@@ -323,14 +330,21 @@ def _settings_options(command):
     help="numpy is the plain, slow reference.",
 )
 @click.option("--log", "log_file", type=click.Path(), help="JSON lines.  [default: OUT.jsonl]")
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="File to write after each epoch. Where it is there, training goes on from it, to the same "
+    "bytes as without a break. It goes when the training has ended.",
+)
 @_settings_options
-def train(directory, out, dry_run, preset, backend, log_file, **changes):
+def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, **changes):
     """Train on the prepared data in DIRECTORY and write the model OUT.
 
     \b
     crnn-np train bk --preset authors --out bk.model
     crnn-np train bk --preset paper --hidden-size 64 --seed 1 --out bk.model
     crnn-np train bk --preset paper --hidden-size 512 --dry-run
+    crnn-np train bk --model bigram --out bigram.model
 
     The preset gives every setting; its Last.fm column is taken where the data were prepared with
     --like lastfm. OUT.jsonl gets a line with the settings and one for each epoch. The model is
@@ -342,9 +356,16 @@ def train(directory, out, dry_run, preset, backend, log_file, **changes):
     if not out.absolute().parent.is_dir():
         raise ModelError(f"{out}: its folder does not exist; make it first")
     parts = data.load(directory)
-    changes = {name: value for name, value in changes.items() if value is not None}
-    like = data.load_stats(directory)["like"]
-    model = CollaborativeRNN(preset=preset, like=like, backend=backend, **changes)
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if name in methods.BASELINES:
+        if dry_run or checkpoint:
+            raise click.BadOptionUsage("--model", f"{name} has no --dry-run and no --checkpoint")
+        model = methods.new(name, **changes).fit(parts.train)
+        model.save(out)
+        click.echo(f"{model}\nmodel written to {out}")
+        return
+    changes |= {"preset": preset, "like": data.load_stats(directory)["like"], "backend": backend}
+    model = methods.new(name, **changes) if name else CollaborativeRNN(**changes)
     if dry_run:
         _dry_run(model, parts.train)
         return
@@ -362,13 +383,16 @@ def train(directory, out, dry_run, preset, backend, log_file, **changes):
         )
         needed = planning.memory(*model.settings, parts.train, backend=backend)
         click.echo(_memory_line(needed))
-        for report in model.epochs(parts.train, progress=progress):
+        for report in model.epochs(parts.train, progress=progress, checkpoint=checkpoint):
             record = report._asdict()
             del record["params"], record["accumulators"]
             log_line(record | {"events_per_second": report.events / report.seconds})
             click.echo(_epoch_line(report))
             if report.phase != "choose":
                 model.save(out)
+    if checkpoint:
+        Path(checkpoint).unlink()
+        Path(f"{checkpoint}.best").unlink(missing_ok=True)
     click.echo(f"model written to {out}, log to {log_path}")
 
 
@@ -478,7 +502,7 @@ def evaluate(model, directory, as_json, per_user, n):
     Replays each user's history, then predicts each held-out event from all before it. nll is
     Eq. 3 of the paper: the mean over users of each user's mean, in nats.
     """
-    fitted = CollaborativeRNN.load(model)
+    fitted = methods.load(model)
     parts = data.load(directory)
     scores = fitted.evaluate(parts.train, parts.heldout, n=n, per_user=per_user)
     table = scores.pop("per_user", None)

@@ -98,6 +98,7 @@ class CollaborativeRNN:
         train: EventLog,
         validation: EventLog | None = None,
         progress: Callable[[int, int, float], None] | None = None,
+        checkpoint: str | os.PathLike | None = None,
     ) -> Iterator[training.Report]:
         """Fit, epoch by epoch: `training.epochs` with the model kept up to date.
 
@@ -108,6 +109,8 @@ class CollaborativeRNN:
             The events after each user's training part; see `training.epochs`.
         progress : callable, optional
             Called with (events done, events of the epoch, summed loss).
+        checkpoint : path, optional
+            File to write after each epoch, and to go on from where it is there.
         """
         self.params = self.accumulators = None
         self.reports, self._epoch = [], 0
@@ -118,6 +121,7 @@ class CollaborativeRNN:
                 train,
                 validation=validation,
                 backend=self.backend,
+                checkpoint=checkpoint,
                 progress=progress,
             )
         )
@@ -140,7 +144,12 @@ class CollaborativeRNN:
             self.reports.append(report._replace(params=None, accumulators=None))
             yield report
 
-    def fit(self, train: EventLog, validation: EventLog | None = None) -> "CollaborativeRNN":
+    def fit(
+        self,
+        train: EventLog,
+        validation: EventLog | None = None,
+        checkpoint: str | os.PathLike | None = None,
+    ) -> "CollaborativeRNN":
         """Train from new parameters; returns self.
 
         Parameters
@@ -148,8 +157,10 @@ class CollaborativeRNN:
         train : EventLog
         validation : EventLog, optional
             For early stopping (``patience`` > 0); cut from the end of `train` where not given.
+        checkpoint : path, optional
+            File to write after each epoch, and to go on from where it is there.
         """
-        for _ in self.epochs(train, validation):
+        for _ in self.epochs(train, validation, checkpoint=checkpoint):
             pass
         return self
 

@@ -254,6 +254,41 @@ class Saved(NamedTuple):
     item_ids: Array
 
 
+def _read(path: str | os.PathLike, arrays: bool = True) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Arrays and settings of a model file."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such model file; `crnn-np train` writes one")
+    try:
+        with safe_open(path, "numpy") as f:
+            metadata = f.metadata() or {}
+            names = f.keys() if arrays else ()
+            found = {name: f.get_tensor(name) for name in names}
+    except (SafetensorError, TypeError) as error:  # TypeError: a type that NumPy lacks
+        raise ModelError(
+            f"{path}: not a safetensors file of NumPy arrays, or cut short ({error})"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ModelError(
+            f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; "
+            "was it written by another program or version?"
+        )
+    return found, json.loads(metadata["settings"])
+
+
+def load_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """Settings in a file that `save` wrote, without its arrays.
+
+    Raises
+    ------
+    ModelError
+        There is no such file, or it is not a model of this package.
+    """
+    return _read(path, arrays=False)[1]
+
+
 def load(path: str | os.PathLike, kind: type = Params) -> Saved:
     """Read a file that `save` wrote.
 
@@ -267,24 +302,7 @@ def load(path: str | os.PathLike, kind: type = Params) -> Saved:
     ModelError
         There is no such file, or it is not a model of this package.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such model file; `crnn-np train` writes one")
-    try:
-        with safe_open(path, "numpy") as f:
-            metadata = f.metadata() or {}
-            arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError) as error:  # TypeError: a type that NumPy lacks
-        raise ModelError(
-            f"{path}: not a safetensors file of NumPy arrays, or cut short ({error})"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise ModelError(
-            f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; "
-            "was it written by another program or version?"
-        )
+    arrays, settings = _read(path)
     try:
         params = kind(*(arrays[f"params.{k}"] for k in kind._fields))
         acc = None
@@ -294,6 +312,6 @@ def load(path: str | os.PathLike, kind: type = Params) -> Saved:
             _unpack(arrays[f"{name}.utf8"], arrays[f"{name}.ends"])
             for name in ("user_ids", "item_ids")
         )
-        return Saved(params, acc, json.loads(metadata["settings"]), *ids)
+        return Saved(params, acc, settings, *ids)
     except KeyError as error:
         raise ModelError(f"{path}: the model file has no {error}") from error

@@ -1,6 +1,9 @@
 """Training: `step` is the whole algorithm on one window, `epochs` a generator of reports."""
 
+import hashlib
+import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import backends
+from . import backends, model
 from .data import EventLog, concatenate, cut_tail
-from .errors import SettingsError, TrainingError
+from .errors import ModelError, SettingsError, TrainingError
 from .evaluation import evaluate
 from .model import Accumulators, Grads, Params, Spec, gather, initialise, new_accumulators, scatter
 from .optim import Rule
@@ -254,6 +257,34 @@ def _train_epoch(
     return loss / max(events, 1), events
 
 
+def _checkpoint_key(log: EventLog, validation: EventLog | None, *settings: Any) -> str:
+    """What a checkpoint must have in common with the training that goes on from it."""
+    data = hashlib.sha256()
+    for part in (log, validation):
+        if part is not None:
+            data.update(part.indptr.tobytes() + part.items.tobytes())
+    return json.dumps([*settings, data.hexdigest()])
+
+
+def _read_checkpoint(
+    path: str | os.PathLike, key: str
+) -> tuple[list[Report], Params, Accumulators | None]:
+    """Reports, parameters and accumulators of the epochs so far."""
+    saved = model.load(path)
+    if saved.settings.get("key") != key:
+        raise ModelError(
+            f"{path} is no checkpoint of a training with these settings and data: go on with its "
+            "own, or delete it to begin anew"
+        )
+    return [Report(*values, None, None) for values in saved.settings["reports"]], *saved[:2]
+
+
+def _best_epoch(reports: list[Report]) -> int | None:
+    """Epoch with the lowest validation error, the first of equal ones; NaN never is."""
+    tried = [r for r in reports if r.validation and r.validation["nll"] < np.inf]
+    return min(tried, key=lambda r: r.validation["nll"]).epoch if tried else None
+
+
 def epochs(
     spec: Spec,
     rule: Rule,
@@ -265,6 +296,7 @@ def epochs(
     accumulators: Accumulators | None = None,
     first_epoch: int = 1,
     backend: str = "numba",
+    checkpoint: str | os.PathLike | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Iterator[Report]:
     """Train (Algorithm 2) and report after each epoch.
@@ -286,74 +318,101 @@ def epochs(
         Go on from these, in place; freshly initialised where not given. Not with early stopping.
     first_epoch : int
         Number of the first epoch; the order of users and the dropout masks depend on it.
+    checkpoint : path, optional
+        File to write after each epoch. Where it is there, its epochs are reported again, with the
+        arrays of the last one, and training goes on after it, to the same bytes as without a
+        break; without early stopping, to another number of epochs if need be. It stays when
+        training has ended; the best epoch's parameters, where those are the result, stay in a
+        second file, with ``.best`` behind the name. Not with `params`.
     progress : callable, optional
         Called about twice a second with (events done, events of the epoch, summed loss).
 
     Raises
     ------
     SettingsError
-        Early stopping and parameters to go on from.
+        Parameters to go on from, with early stopping or a checkpoint; fewer epochs than the
+        checkpoint has.
+    ModelError
+        The checkpoint is of another training, or cannot be written.
     TrainingError
         The loss became infinite or NaN.
     """
-    if plan.patience and params is not None:
+    if params is not None and (plan.patience or checkpoint is not None):
+        other = f"patience is {plan.patience}" if plan.patience else f"{checkpoint} is a checkpoint"
         raise SettingsError(
-            f"patience is {plan.patience} and parameters to go on from were given: early stopping "
-            "begins anew; set patience=0 or leave the parameters out"
+            f"{other} and parameters to go on from were given: early stopping and checkpoints "
+            "begin anew; set patience=0 and no checkpoint, or leave the parameters out"
         )
     module = backends.get(backend)
+    made: list[Report] = []
+    if checkpoint is not None:
+        fixed = vars(plan) if plan.patience else vars(plan) | {"epochs": None}
+        key = _checkpoint_key(log, validation, backend, vars(spec), vars(rule), fixed, first_epoch)
+        if Path(checkpoint).exists():
+            made, params, accumulators = _read_checkpoint(checkpoint, key)
     work = workspace(module, spec, plan, log)
 
-    def start() -> tuple[Params, Accumulators]:
-        new = initialise(spec, log.n_users, log.n_items, plan.seed)
-        return new, new_accumulators(new)
-
-    def train(phase: str, part: EventLog, params: Params, acc: Accumulators, first: int, last: int):
-        for epoch in range(first, last + 1):
+    def train(phase: str, part: EventLog, first: int, last: int) -> Iterator[Report]:
+        nonlocal params, accumulators
+        before = [r for r in made if r.phase == phase]
+        if before and before[-1].epoch > last:
+            raise SettingsError(
+                f"epochs ends at {last} and {checkpoint} has {before[-1].epoch} of them: ask for "
+                "as many or more, or delete it to begin anew"
+            )
+        for report in before:
+            yield report._replace(epochs=last, params=params, accumulators=accumulators)
+        if params is None or (phase != "train" and not before):
+            params = initialise(spec, log.n_users, log.n_items, plan.seed)
+            accumulators = None
+        if accumulators is None:
+            accumulators = new_accumulators(params)
+        for epoch in range(first + len(before), last + 1):
             began = time.perf_counter()
             loss, events = _train_epoch(
-                module, spec, rule, plan, params, acc, part, epoch, work, progress
+                module, spec, rule, plan, params, accumulators, part, epoch, work, progress
             )
             seconds = time.perf_counter() - began
-            yield Report(phase, epoch, last, loss, events, seconds, None, None, params, acc)
+            scores = None
+            if phase == "choose":
+                scores = evaluate(module, spec, params, part, validation)
+            report = Report(phase, epoch, last, loss, events, seconds, scores, None, None, None)
+            report = report._replace(best_epoch=_best_epoch([*made, report]))
+            made.append(report)
+            if phase == "choose" and not plan.refit and report.best_epoch == epoch:
+                model.save(kept, params, accumulators, {}, log.user_ids, log.item_ids)
+            if checkpoint is not None:
+                state = {"key": key, "reports": [r[:-2] for r in made]}
+                model.save(
+                    checkpoint, params, accumulators, state, log.user_ids, log.item_ids
+                )
+            yield report._replace(params=params, accumulators=accumulators)
 
     if not plan.patience:
-        if params is None:
-            params, accumulators = start()
-        elif accumulators is None:
-            accumulators = new_accumulators(params)
-        last = first_epoch + plan.epochs - 1
-        yield from train("train", log, params, accumulators, first_epoch, last)
+        yield from train("train", log, first_epoch, first_epoch + plan.epochs - 1)
         return
 
     part, validation, whole = validation_split(plan, log, validation)
-    best, best_epoch = np.inf, 0
     with tempfile.TemporaryDirectory(prefix="crnn_np-") as folder:
-        kept = Path(folder) / "best.npz"
-        for report in train("choose", part, *start(), 1, plan.epochs):
-            scores = evaluate(module, spec, report.params, part, validation)
-            if scores["nll"] < best:
-                best, best_epoch = scores["nll"], report.epoch
-                if not plan.refit:
-                    blocks = (*report.params, *report.accumulators)
-                    np.savez(kept, *blocks)
-                    best_report = report._replace(validation=scores, best_epoch=best_epoch)
-            yield report._replace(validation=scores, best_epoch=best_epoch)
-            if report.epoch - best_epoch >= plan.patience:
+        kept = Path(folder) / "best" if checkpoint is None else Path(f"{checkpoint}.best")
+        for report in train("choose", part, 1, plan.epochs):
+            yield report
+            best_epoch = report.best_epoch
+            if report.epoch - (best_epoch or 0) >= plan.patience:
                 break
-        if not best_epoch:
+        if best_epoch is None:
             raise TrainingError(
-                f"the validation error was {scores['nll']} after every epoch, a finite number "
-                "was expected; lower learning_rate or set clip"
+                f"the validation error was {report.validation['nll']} after every epoch, a finite "
+                "number was expected; lower learning_rate or set clip"
             )
-        log_.info("lowest validation error %.4f after epoch %d", best, best_epoch)
+        chosen = next(r for r in made if r.epoch == best_epoch)
+        log_.info(
+            "lowest validation error %.4f after epoch %d", chosen.validation["nll"], best_epoch
+        )
         if plan.refit:
-            for report in train("refit", whole, *start(), 1, best_epoch):
-                yield report._replace(best_epoch=best_epoch)
+            yield from train("refit", whole, 1, best_epoch)
         else:
-            with np.load(kept) as file:
-                blocks = [file[name] for name in file.files]
-            n = len(Params._fields)
-            yield best_report._replace(
-                phase="keep", params=Params(*blocks[:n]), accumulators=Accumulators(*blocks[n:])
+            saved = model.load(kept)
+            yield chosen._replace(
+                phase="keep", params=saved.params, accumulators=saved.accumulators
             )

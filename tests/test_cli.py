@@ -354,6 +354,42 @@ def test_early_stopping_reports_both_phases(prepared, tmp_path):
     assert "validation" in result.output
 
 
+@pytest.mark.parametrize("options", [(), ("--patience", 9, "--refit", "false")])
+def test_a_broken_training_goes_on_from_its_checkpoint(prepared, tmp_path, monkeypatch, options):
+    def training(out):
+        arguments = (*SMALL, "--out", tmp_path / out, "--checkpoint", tmp_path / "c", *options)
+        return run("train", prepared / "table", *arguments)
+
+    assert training("straight").exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(CollaborativeRNN, "save", lambda *_: sys.exit(7))
+        patch.setattr(cli, "_epoch_line", lambda report: sys.exit(7))
+        assert training("broken").exit_code == 7
+    assert (tmp_path / "c").is_file()
+    assert training("whole").exit_code == 0
+    whole, straight = (CollaborativeRNN.load(tmp_path / out) for out in ("whole", "straight"))
+    for one, other in zip(whole.params, straight.params, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not list(tmp_path.glob("c*"))
+
+
+def test_train_and_evaluate_a_baseline_by_name(prepared, tmp_path):
+    out = tmp_path / "bigram.model"
+    result = run("train", prepared / "table", "--model", "bigram", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "Bigram(epsilon=None)  # 3 users, 9 items, epsilon" in result.output
+    result = run("evaluate", out, prepared / "table")
+    assert result.exit_code == 0, result.output
+    assert "7 held-out events of 2 of 3 users" in result.output
+
+
+def test_an_rnn_by_name(prepared, tmp_path):
+    out = tmp_path / "m"
+    result = run("train", prepared / "table", "--model", "c-tanh", "--out", out, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert CollaborativeRNN.load(out).settings.spec.cell == "tanh"
+
+
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
     """An empty folder, the current one and that of temporary files."""
@@ -436,6 +472,8 @@ def test_the_preset_follows_the_kind_of_log(prepared, tmp_path):
         (lambda a, p: [p / "nowhere", *a[1:]], "no such directory"),
         (lambda a, p: [*a, "--dropout-in", "1.5"], "dropout_in is 1.5: expected 0 to 0.99"),
         (lambda a, p: [*a, "--learning-rate", "-1"], "learning_rate is -1.0: expected 0 to 10"),
+        (lambda a, p: [*a, "--model", "bigram"], "there is no setting "),
+        (lambda a, p: [*a, "--model", "c-gru", "--cell", "tanh"], "c-gru has cell 'gru' and"),
     ],
 )
 def test_train_refuses(prepared, tmp_path, change, error):

@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).parents[1]
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["demo", "gradcheck"],
+    ["demo", "gradcheck", "methods"],
     ["estimator", "baselines", "synthetic"],
     ["presets", "planning"],
     ["training"],

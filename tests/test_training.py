@@ -8,7 +8,7 @@ import pytest
 
 from crnn_np import backends, model, training
 from crnn_np.data import concatenate, cut_tail, from_sequences
-from crnn_np.errors import SettingsError, TrainingError
+from crnn_np.errors import ModelError, SettingsError, TrainingError
 from crnn_np.evaluation import evaluate
 from crnn_np.model import Spec
 from crnn_np.optim import Rule
@@ -453,6 +453,89 @@ def test_early_stopping_takes_no_parameters():
         train(with_(epochs=2, patience=1), params=params)
 
 
+# Checkpoints
+
+
+def same_but_for_seconds(one, other):
+    """The reports of two trainings, without what a break may change."""
+    return [
+        [r._replace(seconds=0, params=None, accumulators=None) for r in reports]
+        for reports in (one, other)
+    ]
+
+
+@pytest.mark.parametrize("backend", backends.MODULES)
+@pytest.mark.parametrize("changes", [{}, {"patience": 2}, {"patience": 2, "refit": False}])
+def test_a_training_stopped_anywhere_goes_on_to_the_same_bytes(
+    tmp_path, monkeypatch, backend, changes
+):
+    nlls = [5, 4, 6, 4.5]
+
+    def begin(checkpoint, skip=0):
+        script(monkeypatch, nlls[skip:])
+        spec = Spec(hidden_size=3, dropout_in=0.2)
+        rule = Rule(learning_rate=0.05, rho=0.9, eps=1e-4, W_in_rows="dense")
+        plan = with_(epochs=4, **changes)
+        return training.epochs(spec, rule, plan, LOG, backend=backend, checkpoint=checkpoint)
+
+    straight = list(begin(None))
+    for stop in range(1, len(straight) + 1):
+        file = tmp_path / f"{stop}"
+        broken = begin(file)
+        for _ in range(stop):
+            next(broken)
+        broken.close()
+        resumed = list(begin(file, skip=stop))
+        one, other = same_but_for_seconds(straight, resumed)
+        assert one == other
+        assert digest(resumed[-1]) == digest(straight[-1])
+
+
+def test_a_checkpoint_goes_on_to_more_epochs(tmp_path):
+    file = tmp_path / "c"
+    train(with_(epochs=2), checkpoint=file)
+    more = train(with_(epochs=3), checkpoint=file)
+    assert [(r.epoch, r.epochs) for r in more] == [(1, 3), (2, 3), (3, 3)]
+    assert digest(more[-1]) == digest(train(with_(epochs=3))[-1])
+    with pytest.raises(SettingsError, match=r"ends at 2 and .*/c has 3 of them: ask for as many"):
+        train(with_(epochs=2), checkpoint=file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan": with_(epochs=2, seed=5)},
+        {"rule": Rule()},
+        {"spec": Spec(hidden_size=3, cell="tanh")},
+        {"backend": "numba"},
+        {"log": LOG._replace(items=11 - LOG.items)},
+        {"first_epoch": 2},
+    ],
+)
+def test_a_checkpoint_of_another_training(tmp_path, change):
+    file = tmp_path / "c"
+    train(with_(epochs=2), checkpoint=file)
+    before = file.read_bytes()
+    with pytest.raises(ModelError, match="is no checkpoint of a training with these settings"):
+        train(**{"plan": with_(epochs=2), "checkpoint": file} | change)
+    assert file.read_bytes() == before
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    file = tmp_path / "c"
+    file.write_text("nothing")
+    with pytest.raises(ModelError, match="not a safetensors file"):
+        train(with_(epochs=2), checkpoint=file)
+    with pytest.raises(ModelError, match="could not be written"):
+        train(with_(epochs=2), checkpoint=tmp_path / "nowhere" / "c")
+
+
+def test_checkpoints_begin_anew(tmp_path):
+    params = model.initialise(SPEC, 6, 12, 3)
+    with pytest.raises(SettingsError, match="is a checkpoint and parameters to go on from"):
+        train(params=params, checkpoint=tmp_path / "c")
+
+
 # Divergence
 
 
@@ -510,7 +593,7 @@ def test_the_kept_parameters_are_on_disk_and_go(temporary, monkeypatch):
     plan = with_(epochs=4, patience=9, refit=False)
     seen = []
     for report in training.epochs(SPEC, RULE, plan, LOG, backend="numpy"):
-        seen.append((report.phase, len(list(temporary.rglob("*.npz")))))
+        seen.append((report.phase, len(list(temporary.rglob("best")))))
     assert seen == [("choose", 1)] * 4 + [("keep", 1)]
     assert not list(temporary.iterdir())
 
