@@ -1,12 +1,22 @@
 # Each target makes what it needs: a virtual environment with the dependencies of setup.cfg.
 # Another interpreter: make test PYTHON=python3.12      Another place: make test VENV=/tmp/venv
+#
+# make reproduce [DATA=data] [PROFILE=full|quick] [DATASETS=a,b] [RESULTS=results] [ARGS=...]
+# DATA holds the raw logs; ARGS go to bench/reproduce.py: --dry-run, --models, --seeds, --epochs.
 
 PYTHON ?= python3
 VENV ?= .venv
+DATA ?= data
+PROFILE ?= full
+DATASETS ?=
+RESULTS ?= results
+ARGS ?=
 
 help:
 	@echo 'make demo         train on a built-in data set and compare with the lowest attainable error'
 	@echo 'make test         run the tests'
+	@echo 'make reproduce    the tables and figures of the paper from the data at hand (hours;'
+	@echo '                  ARGS=--dry-run prints the plan, PROFILE=quick takes minutes)'
 	@echo 'make gradcheck    check all gradients, one row for each block of parameters'
 	@echo 'make lint         check the style'
 	@echo 'make test-oldest  run the tests with the oldest dependencies (needs Python 3.11)'
@@ -36,6 +46,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	'$(VENV)/bin/python' -m pytest
 
+reproduce: $(VENV)/.installed
+	'$(VENV)/bin/python' bench/reproduce.py --data '$(DATA)' --out '$(RESULTS)' \
+	    --profile '$(PROFILE)' --datasets '$(DATASETS)' $(ARGS)
+
 gradcheck: $(VENV)/.installed
 	'$(VENV)/bin/python' -m crnn_np.gradcheck
 
@@ -52,4 +66,4 @@ clean:
 	rm -rf build dist crnn_np.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -path './$(VENV)' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install demo test gradcheck lint test-oldest clean
+.PHONY: help install demo test reproduce gradcheck lint test-oldest clean

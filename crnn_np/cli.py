@@ -414,10 +414,12 @@ def _dry_run(model, log):
     found = model.estimate(log)
     click.echo(f"{found.windows:,} windows an epoch, {found.parameters:,} parameters")
     click.echo(_memory_line(found.bytes))
-    time_line = f"time: {_duration(found.seconds_per_epoch)} an epoch, "
+    time_line = f"time: {planning.duration(found.seconds_per_epoch)} an epoch, "
     if plan.patience:
-        time_line += f"{_duration(found.validation_seconds)} its validation, at most "
-    time_line += f"{_duration(found.seconds)} for {plan.epochs} epoch{'s' * (plan.epochs > 1)}"
+        time_line += f"{planning.duration(found.validation_seconds)} its validation, at most "
+    time_line += (
+        f"{planning.duration(found.seconds)} for {plan.epochs} epoch{'s' * (plan.epochs > 1)}"
+    )
     if plan.patience and plan.refit:
         time_line += " and as many of the refit"
     click.echo(time_line)
@@ -425,16 +427,6 @@ def _dry_run(model, log):
 
 def _memory_line(n_bytes) -> str:
     return f"memory: {n_bytes / 1e9:.2f} GB at most"
-
-
-def _duration(seconds) -> str:
-    """2.31 s, 41 s, 3 min 20 s, 12 h 5 min."""
-    if seconds < 59.95:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _epoch_line(report) -> str:

@@ -4,6 +4,7 @@ A raw file becomes an `EventLog` (`reading.read_events`), loses rare items and u
 (`filter_events`), is cut in two parts in time (`split`) and stored (`save`, `load`).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -177,6 +178,16 @@ def concatenate(train: EventLog, heldout: EventLog) -> EventLog:
     return train._replace(indptr=indptr, items=items, times=times)
 
 
+def checksum(*logs: EventLog | None) -> str:
+    """SHA-256 of the sequences of some logs, in hexadecimal; ids and times do not count."""
+    digest = hashlib.sha256()
+    for log in logs:
+        if log is not None:
+            digest.update(np.ascontiguousarray(log.indptr, np.int64).tobytes())
+            digest.update(np.ascontiguousarray(log.items, np.int32).tobytes())
+    return digest.hexdigest()
+
+
 def filter_events(
     log: EventLog,
     min_item_events: int = 10,
@@ -221,7 +232,7 @@ def filter_events(
             f"the filter left nothing: no user has min_user_events = {min_user_events} events "
             f"of frequent items (the longest has {longest}); lower --min-user-events"
         )
-    entropy = _item_entropy(log)
+    entropy = item_entropy(log)
     log = _select_users(log, entropy > min_user_entropy)
     if log.n_events == 0:
         raise DataError(
@@ -438,7 +449,7 @@ def _renumber_items(log: EventLog, keep: np.ndarray) -> EventLog:
     return log._replace(items=number[log.items], item_ids=log.item_ids[keep])
 
 
-def _item_entropy(log: EventLog) -> np.ndarray:
+def item_entropy(log: EventLog) -> np.ndarray:
     """Entropy in nats of each user's own distribution of items, f64[U]."""
     users = np.repeat(np.arange(log.n_users), log.lengths)
     pairs, counts = np.unique(users * log.n_items + log.items, return_counts=True)

@@ -60,6 +60,16 @@ class Estimate(NamedTuple):
     seconds: float
 
 
+def duration(seconds: float) -> str:
+    """2.31 s, 41 s, 3 min 20 s, 12 h 5 min."""
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def _resident() -> tuple[int, int]:
     """Resident memory of this process in bytes, now and the most so far.
 
@@ -175,7 +185,7 @@ def memory(
     return max(most, now + beside + _table_bytes(spec, plan, log))
 
 
-def _epoch_seconds(
+def sample_epoch(
     module: ModuleType,
     spec: Spec,
     rule: Rule,
@@ -183,12 +193,26 @@ def _epoch_seconds(
     params: Params,
     acc: Accumulators,
     log: EventLog,
-) -> float:
-    """Time of an epoch, from some of its windows, full and ragged alike; writes to the tables."""
+    at_least: float = SAMPLE_SECONDS,
+) -> tuple[float, float]:
+    """Time of an epoch, from some of its windows, full and ragged alike; writes to the tables.
+
+    Parameters
+    ----------
+    at_least : float
+        Train windows for this many seconds, or all of them.
+
+    Returns
+    -------
+    seconds : float
+        Of an epoch, scaled up by events.
+    measured : float
+        Seconds that the windows took which it is scaled from; the same where they were all.
+    """
     run = epoch_slices(plan, log.lengths, 1)
     n_windows = run.key.size
     if not n_windows:
-        return 0.0
+        return 0.0, 0.0
     work = workspace(module, spec, plan, log)
     s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
     events = np.clip(log.lengths[run.user] - 1 - run.start, 0, run.length).sum(axis=1)
@@ -212,9 +236,9 @@ def _epoch_seconds(
     for piece in by_size[spread]:
         seconds += timed(starts[piece], starts[piece] + size)
         done += int(per_piece[piece])
-        if seconds > SAMPLE_SECONDS:
+        if seconds > at_least:
             break
-    return seconds * int(events.sum()) / max(done, 1)
+    return seconds * int(events.sum()) / max(done, 1), seconds
 
 
 def _validation_seconds(
@@ -269,7 +293,7 @@ def estimate(
         part, validation, whole = validation_split(plan, log, validation)
     params = initialise(spec, log.n_users, log.n_items, plan.seed)
     acc = new_accumulators(params)
-    seconds = _epoch_seconds(module, spec, rule, plan, params, acc, part)
+    seconds, _ = sample_epoch(module, spec, rule, plan, params, acc, part)
     events, whole_events = (int(np.maximum(x.lengths - 1, 0).sum()) for x in (part, whole))
     epochs, validating, total = plan.epochs, 0.0, plan.epochs * seconds
     if plan.patience:

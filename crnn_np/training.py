@@ -1,6 +1,5 @@
 """Training: `step` is the whole algorithm on one window, `epochs` a generator of reports."""
 
-import hashlib
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends, model
-from .data import EventLog, concatenate, cut_tail
+from .data import EventLog, checksum, concatenate, cut_tail
 from .errors import ModelError, SettingsError, TrainingError
 from .evaluation import evaluate
 from .model import Accumulators, Grads, Params, Spec, gather, initialise, new_accumulators, scatter
@@ -257,15 +256,6 @@ def _train_epoch(
     return loss / max(events, 1), events
 
 
-def _checkpoint_key(log: EventLog, validation: EventLog | None, *settings: Any) -> str:
-    """What a checkpoint must have in common with the training that goes on from it."""
-    data = hashlib.sha256()
-    for part in (log, validation):
-        if part is not None:
-            data.update(part.indptr.tobytes() + part.items.tobytes())
-    return json.dumps([*settings, data.hexdigest()])
-
-
 def _read_checkpoint(
     path: str | os.PathLike, key: str
 ) -> tuple[list[Report], Params, Accumulators | None]:
@@ -347,7 +337,8 @@ def epochs(
     made: list[Report] = []
     if checkpoint is not None:
         fixed = vars(plan) if plan.patience else vars(plan) | {"epochs": None}
-        key = _checkpoint_key(log, validation, backend, vars(spec), vars(rule), fixed, first_epoch)
+        settings = [backend, vars(spec), vars(rule), fixed, first_epoch]
+        key = json.dumps([*settings, checksum(log, validation)])
         if Path(checkpoint).exists():
             made, params, accumulators = _read_checkpoint(checkpoint, key)
     work = workspace(module, spec, plan, log)
@@ -383,9 +374,7 @@ def epochs(
                 model.save(kept, params, accumulators, {}, log.user_ids, log.item_ids)
             if checkpoint is not None:
                 state = {"key": key, "reports": [r[:-2] for r in made]}
-                model.save(
-                    checkpoint, params, accumulators, state, log.user_ids, log.item_ids
-                )
+                model.save(checkpoint, params, accumulators, state, log.user_ids, log.item_ids)
             yield report._replace(params=params, accumulators=accumulators)
 
     if not plan.patience:

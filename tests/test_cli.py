@@ -441,22 +441,6 @@ def test_training_begins_with_its_memory(prepared, tmp_path):
     assert re.match(r"memory: \d+\.\d\d GB at most", result.output.splitlines()[1])
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.1234, "0.123 s"),
-        (59.4, "59.4 s"),
-        (59.99, "1 min 0 s"),
-        (60, "1 min 0 s"),
-        (200.4, "3 min 20 s"),
-        (3599.9, "1 h 0 min"),
-        (1e6, "277 h 46 min"),
-    ],
-)
-def test_durations(seconds, text):
-    assert cli._duration(seconds) == text
-
-
 def test_the_preset_follows_the_kind_of_log(prepared, tmp_path):
     for like, hidden_size in (("table", 32), ("lastfm", 128)):
         out = tmp_path / like

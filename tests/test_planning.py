@@ -85,7 +85,7 @@ def test_the_time_of_an_epoch_is_scaled_from_some_of_its_windows(monkeypatch, or
     plan = Plan(batch=8, window=16, order=order)
     params = model.initialise(SPEC, log.n_users, log.n_items, 0)
     arguments = (backends.get("numpy"), SPEC, RULE, plan, params, None, log)
-    seconds = planning._epoch_seconds(*arguments)
+    seconds, measured = planning.sample_epoch(*arguments)
     windows = epoch_slices(plan, log.lengths, 1).key.size
     events = np.maximum(log.lengths - 1, 0).sum()
     expected = slow * (1e-4 * windows + 5e-5 * events)
@@ -182,3 +182,19 @@ def test_memory_is_what_a_run_needs(backend, patience, clip):
     needed, before, most = map(int, text.split())
     assert before < most, "the run, not the rehearsal, needed most"
     assert needed == pytest.approx(most, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.1234, "0.123 s"),
+        (59.4, "59.4 s"),
+        (59.99, "1 min 0 s"),
+        (60, "1 min 0 s"),
+        (200.4, "3 min 20 s"),
+        (3599.9, "1 h 0 min"),
+        (1e6, "277 h 46 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert planning.duration(seconds) == text

@@ -1,0 +1,148 @@
+"""Figure 1 right: the time of an epoch against the hidden size, C-GRU and P-GRU.
+
+    python bench/epoch_time.py DIR [--sizes 16,32,64,128,256,512,768] [--seconds 30]
+                               [--json epoch_time.json] [--svg epoch_time.svg]
+
+Trains windows of the preset ``authors`` (20 users side by side, windows of 64) from all over the
+first epoch of the prepared data in DIR for at least --seconds, and scales up by events where that
+is not the whole epoch. Each point has a process of its own, whose largest memory is told. Where the
+matrices of all users and their accumulators do not fit into 8 GB, C-GRU runs with the first users
+that do, and its rate counts for the events of all. A point that is in the file is not measured
+again. There is no GPU backend yet: all points are the CPU's.
+"""
+
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import report
+from machine import describe_machine
+
+import crnn_np
+from crnn_np import backends, data, methods, planning
+from crnn_np.model import initialise, new_accumulators, shapes
+
+MODELS = {"C-GRU": "c-gru", "P-GRU": "p-gru"}
+ROOM = 8e9  # bytes of parameters and accumulators
+
+
+def users_that_fit(model: crnn_np.CollaborativeRNN, log: crnn_np.EventLog) -> int:
+    """How many users' parameters and accumulators fit into `ROOM` beside the items'."""
+    spec = model.settings.spec
+    number = 2 * np.dtype(spec.dtype).itemsize
+    sizes = {name: np.prod(shape) for name, shape in shapes(spec, 1, log.n_items).items()}
+    if spec.sharing == "pooled":
+        return log.n_users
+    room = ROOM / number - sizes["W_in"] - sizes["W_out"]
+    return int(min(max(room // sizes["W_h"], 1), log.n_users))
+
+
+def point(log: crnn_np.EventLog, name: str, hidden_size: int, seconds: float) -> dict[str, Any]:
+    """Measure one model with one hidden size; meant for a process of its own."""
+    model = methods.new(MODELS[name], preset="authors", hidden_size=hidden_size)
+    spec, rule, plan = model.settings
+    planning.load_kernels(spec, rule, plan)
+    users = users_that_fit(model, log)
+    some = log._replace(
+        indptr=log.indptr[: users + 1],
+        items=log.items[: log.indptr[users]],
+        times=None,
+        user_ids=log.user_ids[:users],
+    )
+    params = initialise(spec, users, log.n_items, 0)
+    module = backends.get("numba")
+    found, measured = planning.sample_epoch(
+        module, spec, rule, plan, params, new_accumulators(params), some, seconds
+    )
+    events, of_some = (int(np.maximum(x.lengths - 1, 0).sum()) for x in (log, some))
+    whole = found * events / of_some
+    unit = 1 if sys.platform == "darwin" else 1024
+    note = None if users == log.n_users else f"{users} of {log.n_users} users, the others scaled"
+    return {
+        "model": name,
+        "device": "CPU",
+        "hidden_size": hidden_size,
+        "users": users,
+        "users_note": note,
+        "seconds_per_epoch": whole,
+        "scaled": bool(users < log.n_users or measured < 0.999 * found),
+        "measured_seconds": measured,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
+        "events_per_second": events / whole,
+    }
+
+
+def measure(
+    log: crnn_np.EventLog, facts: dict[str, Any], sizes: list[int], seconds: float, file: Path
+) -> Iterator[dict[str, Any]]:
+    """Measure the points that `file` has not yet; each is written and yielded.
+
+    Parameters
+    ----------
+    facts : dict
+        ``name`` and ``sha256`` of the data.
+    sizes : list of int
+        Hidden sizes.
+    seconds : float
+        Train windows for at least this long a point.
+    """
+    asked = {"data": facts["name"], "data_sha256": facts["sha256"], "seconds": seconds}
+    found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if {key: found.get(key) for key in asked} != asked:
+        found = asked | {"rows": []}
+    there = {(row["model"], row["hidden_size"]) for row in found["rows"]}
+    spawn = multiprocessing.get_context("spawn")
+    for size in sizes:
+        for name in MODELS:
+            if (name, size) in there:
+                continue
+            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                row = process.submit(point, log, name, size, seconds).result()
+            found["rows"].append(row)
+            found |= {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d")}
+            part = file.with_name(f".{file.name}.part")
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            part.replace(file)
+            yield row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A point as a line of text."""
+    scaled = f"scaled up from {row['measured_seconds']:.0f} s" if row["scaled"] else "whole"
+    note = f"; {row['users_note']}" if row["users_note"] else ""
+    return (
+        f"{row['model']} D = {row['hidden_size']:4}: {row['seconds_per_epoch']:9.1f} s an epoch "
+        f"({scaled}), {row['events_per_second']:9,.0f} events/s, {row['peak_gb']:.2f} GB{note}"
+    )
+
+
+def _sizes(context, parameter, value: str) -> list[int]:
+    return [int(size) for size in value.split(",")]
+
+
+@click.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--sizes", callback=_sizes, default="16,32,64,128,256,512,768", show_default=True)
+@click.option("--seconds", default=30.0, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), default="epoch_time.json")
+@click.option("--svg", type=click.Path(path_type=Path), default="epoch_time.svg")
+def main(directory: Path, sizes: list[int], seconds: float, file: Path, svg: Path) -> None:
+    """Measure an epoch's time on the prepared data in DIRECTORY and draw it."""
+    train, _ = data.load(directory)
+    facts = {"name": directory.resolve().name, "sha256": data.checksum(train)}
+    for row in measure(train, facts, sizes, seconds, file):
+        click.echo(line(row))
+    report.draw_epoch_time(json.loads(file.read_text("utf-8")), svg)
+    click.echo(f"{file} and {svg} written")
+
+
+if __name__ == "__main__":
+    main()
