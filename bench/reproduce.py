@@ -1,7 +1,7 @@
 """The paper's tables and figures on the data at hand: ``make reproduce``.
 
     python bench/reproduce.py [--data data] [--profile quick|full] [--datasets a,b] [--models a,b]
-                              [--seeds N] [--epochs N] [--out results] [--dry-run]
+                              [--preset NAME] [--seeds N] [--epochs N] [--out results] [--dry-run]
 
 Prepares each raw log under --data, fits every model of ``reproduce.toml``, and writes one JSON file
 a run, the tables as CSV and the page ``report.html`` (``report.py``). A run that is there is not
@@ -30,7 +30,7 @@ from machine import describe_machine
 from tqdm import tqdm
 
 import crnn_np
-from crnn_np import cli, data, datasets, methods, planning, synthetic
+from crnn_np import cli, data, datasets, methods, planning, presets, synthetic
 
 BUILT_IN = "built-in"
 SETTINGS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
@@ -243,41 +243,33 @@ def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> I
 
 
 def rnn_settings(profile: dict[str, Any], like: str, model: str) -> dict[str, Any]:
+    """Of a model in ``reproduce.toml``, `choose` among them, with what the command line changes."""
     special = profile.get(like, {}).get("rnns", {})
-    return {"like": like} | special.get(model, profile["rnns"][model])
+    return {"like": like} | special.get(model, profile["rnns"][model]) | profile["changes"]
 
 
-def trials(
-    of: DataSet, model: str, profile: dict[str, Any], epochs: int | None
-) -> tuple[list[Job], dict[str, Any]]:
+def trials(of: DataSet, model: str, profile: dict[str, Any]) -> tuple[list[Job], dict[str, Any]]:
     """The runs that choose a model's settings on the validation part, and its other settings."""
     if model not in methods.RNNS:
         return [], {}
     settings = rnn_settings(profile, of.facts["like"], model)
     tried = settings.pop("choose", [])
-    if epochs is not None:
-        settings["epochs"] = epochs
     jobs = [Job(of, model, 0, settings | one | {"seed": 0, "refit": False}, one) for one in tried]
     return jobs, settings
 
 
-def runs(
-    of: DataSet,
-    model: str,
-    profile: dict[str, Any],
-    epochs: int | None,
-    seeds: int | None,
-) -> list[Job]:
+def runs(of: DataSet, model: str, profile: dict[str, Any]) -> list[Job]:
     """The runs of a model; where trials are still to be made, without what they choose."""
-    tried, settings = trials(of, model, profile, epochs)
+    tried, settings = trials(of, model, profile)
     if model not in methods.RNNS:
         return [Job(of, model, 0, {})]
     records = [record for record in map(made, tried) if record]
     if tried and len(records) == len(tried):
         best = min(records, key=lambda record: record["validation_nll"])
         settings |= best["trial"] | {"epochs": best["best_epoch"], "patience": 0}
-    n = profile.get(of.facts["like"], {}).get("seeds", profile["seeds"]) if seeds is None else seeds
-    return [Job(of, model, seed, settings | {"seed": seed}) for seed in range(n)]
+    seeds = profile.get(of.facts["like"], {}).get("seeds", profile["seeds"])
+    seeds = profile["seeds_asked"] or seeds
+    return [Job(of, model, seed, settings | {"seed": seed}) for seed in range(seeds)]
 
 
 class Expected(NamedTuple):
@@ -337,19 +329,21 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """Data set, model, runs, epochs, time and memory, model by model."""
-        yield f"{'':34}{'runs':>6}{'done':>6}{'epochs':>8}{'time':>14}{'memory':>10}"
+        table = [("", "runs", "done", "epochs", "time", "memory")]
         for key in dict.fromkeys(map(self._key, self.jobs)):
             jobs = [job for job in self.jobs if self._key(job) == key]
             done = sum(made(job) is not None for job in jobs)
-            cells = ["", "", ""]
+            cells = ("", "", "")
             if key in self.expected:
                 one = self.expected[key]
-                cells = [
-                    str(one.epochs or ""),
-                    planning.duration(one.seconds * (len(jobs) - done)),
-                    f"{one.bytes / 1e9:.2f} GB" if one.bytes else "",
-                ]
-            yield f"{key:34}{len(jobs):6}{done:6}{cells[0]:>8}{cells[1]:>14}{cells[2]:>10}"
+                time_left = planning.duration(one.seconds * (len(jobs) - done))
+                room = f"{one.bytes / 1e9:.2f} GB" if one.bytes else ""
+                cells = (str(one.epochs or ""), time_left, room)
+            table.append((key, str(len(jobs)), str(done), *cells))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for key, *cells in table:
+            aligned = [cell.rjust(n) for cell, n in zip(cells, widths[1:], strict=True)]
+            yield "  ".join([key.ljust(widths[0]), *aligned]).rstrip()
 
 
 # ---------------------------------------------------------------- the runs
@@ -476,15 +470,13 @@ def reproduce(
     sets: list[DataSet],
     names: list[str],
     profile: dict[str, Any],
-    epochs: int | None,
-    seeds: int | None,
     out: Path,
     dry_run: bool,
 ) -> bool:
     """Make the runs of all data sets; whether none failed."""
 
     def jobs_of(of: DataSet, model: str) -> list[Job]:
-        return [*trials(of, model, profile, epochs)[0], *runs(of, model, profile, epochs, seeds)]
+        return [*trials(of, model, profile)[0], *runs(of, model, profile)]
 
     plan = Plan([job for of in sets for name in names for job in jobs_of(of, name)], say)
     memory = max((one.bytes for one in plan.expected.values()), default=0)
@@ -499,10 +491,10 @@ def reproduce(
         return True
     progress, whole = Progress(plan), True
     for at, planned in enumerate(plan.jobs):
-        tried, _ = trials(planned.of, planned.model, profile, epochs)
+        tried, _ = trials(planned.of, planned.model, profile)
         job = planned
         if planned.trial is None:  # by now its trials are made
-            job = runs(planned.of, planned.model, profile, epochs, seeds)[planned.seed]
+            job = runs(planned.of, planned.model, profile)[planned.seed]
         if made(job) is None:
             progress.begin(at)
             records = [record for record in map(made, tried) if record]
@@ -527,6 +519,7 @@ def _names(context, parameter, value: str | None) -> list[str]:
 @click.option("--profile", type=click.Choice(list(SETTINGS)), default="full")
 @click.option("--datasets", callback=_names, help="Names with commas.  [default: all at hand]")
 @click.option("--models", callback=_names, help=f"Some of {', '.join(methods.NAMES)}.")
+@click.option("--preset", type=click.Choice(presets.names()), help="Instead of each RNN's.")
 @click.option("--seeds", type=click.IntRange(1), help="Seeds of each RNN.")
 @click.option("--epochs", type=click.IntRange(1), help="Epochs of each RNN, at most.")
 @click.option(
@@ -542,6 +535,7 @@ def main(
     profile: str,
     datasets: list[str],
     models: list[str],
+    preset: str | None,
     seeds: int | None,
     epochs: int | None,
     with_epoch_time: bool,
@@ -553,10 +547,14 @@ def main(
         raise click.ClickException(
             f"there are no models {', '.join(unknown)}: expected some of {', '.join(methods.NAMES)}"
         )
-    chosen = SETTINGS[profile]
+    changes = {"preset": preset, "epochs": epochs}
+    chosen = SETTINGS[profile] | {
+        "changes": {name: value for name, value in changes.items() if value is not None},
+        "seeds_asked": seeds,
+    }
     sets = list(data_sets(folder, datasets, out, chosen.get("users")))
     names = [name for name in methods.NAMES if not models or name in models]
-    whole = reproduce(sets, names, chosen, epochs, seeds, out, dry_run)
+    whole = reproduce(sets, names, chosen, out, dry_run)
     if dry_run:
         return
     if with_epoch_time:
