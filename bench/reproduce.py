@@ -264,7 +264,7 @@ def runs(of: DataSet, model: str, profile: dict[str, Any]) -> list[Job]:
     if model not in methods.RNNS:
         return [Job(of, model, 0, {})]
     records = [record for record in map(made, tried) if record]
-    if tried and len(records) == len(tried):
+    if records:
         best = min(records, key=lambda record: record["validation_nll"])
         settings |= best["trial"] | {"epochs": best["best_epoch"], "patience": 0}
     seeds = profile.get(of.facts["like"], {}).get("seeds", profile["seeds"])
@@ -356,20 +356,17 @@ def run_job(job: Job, tell: Callable[[str, float], None]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     began = time.perf_counter()
     if job.model in methods.RNNS:
-        total = model.settings.plan.epochs
+        plan = model.settings.plan
+        total = plan.epochs * (2 if plan.patience and plan.refit else 1)
 
         def progress(done: int, events: int, loss: float) -> None:
             share = (len(model.reports) + done / max(events, 1)) / total
-            tell(f"epoch {len(model.reports) + 1}/{total}", share)
+            tell(f"epoch {len(model.reports) + 1} of {total}", share)
 
         checkpoint = job.file.with_suffix(".checkpoint")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        for made_now in model.epochs(train, progress=progress, checkpoint=checkpoint):
-            tell(
-                f"epoch {made_now.epoch}/{total}, loss {made_now.loss:.4f}, "
-                f"{made_now.events / made_now.seconds:,.0f} events/s",
-                len(model.reports) / total,
-            )
+        for _ in model.epochs(train, progress=progress, checkpoint=checkpoint):
+            pass
         record["epochs"] = [
             {
                 "phase": r.phase,
@@ -498,9 +495,15 @@ def reproduce(
         if made(job) is None:
             progress.begin(at)
             records = [record for record in map(made, tried) if record]
-            chosen = [{k: r[k] for k in ("trial", "validation_nll", "best_epoch")} for r in records]
-            if planned.trial is None and len(chosen) < len(tried):
-                say(f"{job}: not all of its trials were made; going on with {job.settings}")
+            chosen = [
+                {
+                    "settings": r["trial"] | {"epochs": r["best_epoch"]},
+                    "validation_nll": r["validation_nll"],
+                }
+                for r in records
+            ]
+            if planned.trial is None and tried and not chosen:
+                say(f"{job}: none of its trials was made; going on with {job.settings}")
             whole = make(job, chosen, progress.tell) and whole
             progress.end()
         if at + 1 == len(plan.jobs) or plan.jobs[at + 1].of is not planned.of:

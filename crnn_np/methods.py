@@ -14,6 +14,7 @@ BASELINES = {
     "uniform": "Uniform",
     "unigram": "Unigram",
     "bigram": "Bigram",
+    "personal": "Personal",
 }
 RNNS = {
     "p-gru": {"cell": "gru", "sharing": "pooled"},
