@@ -59,13 +59,14 @@ def draw_figure1_left(of: DataSet) -> Figure | None:
         if score:
             values = [run["scores"]["nll"] for run in of.runs[model]]
             axes.plot(
-                values, [y] * len(values), "o", color=COLORS[model], alpha=0.45, markersize=4.5,
-                markeredgewidth=0, label=labels.pop("seed", None),
+                values, [y] * len(values), "o", color=COLORS[model], markersize=5, markeredgewidth=0,
+                alpha=0.45 if score.spread else 1, label=labels.pop("seed", None),
             )  # fmt: skip
-            axes.errorbar(
-                score.mean, y, xerr=score.spread, color=COLORS[model], fmt="|", capsize=4,
-                markersize=16, markeredgewidth=2, label=labels.pop("mean", None),
-            )  # fmt: skip
+            if score.spread is not None:
+                axes.errorbar(
+                    score.mean, y, xerr=score.spread, color=COLORS[model], fmt="|", capsize=4,
+                    markersize=16, markeredgewidth=2, label=labels.pop("mean", None),
+                )  # fmt: skip
             axes.annotate(
                 f"{score.mean:.3f}", (score.mean, y), (0, 11), textcoords="offset points",
                 ha="center",
@@ -127,7 +128,7 @@ def draw_curves(of: DataSet) -> Figure | None:
         seen = [run for run in runs if any(e["validation_nll"] is not None for e in run["epochs"])]
         tried = sorted(of.trials[model], key=lambda run: run["validation_nll"])[:1]
         panels = (
-            (loss, runs, ("train", "refit"), "loss"),
+            (loss, runs, ("train", "choose"), "loss"),
             (validation, seen or tried, ("choose", "train"), "validation_nll"),
         )
         for axes, shown, phases, key in panels:

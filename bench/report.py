@@ -86,6 +86,11 @@ def link(href: str, text: str) -> str:
     return f'<a href="{escape(href)}">{escape(text)}</a>'
 
 
+def unbroken(model: str) -> str:
+    """A model's name that is never broken at its hyphen."""
+    return f'<span class="name">{NAMES[model]}</span>'
+
+
 def measured(of: DataSet, model: str, measure: str = "nll", digits: int = 3) -> str:
     """A measured number: a run's with its address, or a mean over runs with theirs."""
     score = of.score(model, measure)
@@ -146,7 +151,7 @@ def order_rows(of: DataSet) -> Iterable[list[str]]:
     found = {model: score and score.mean for model, score in scores.items()}
     claims = [(model, "bigram") for model in STATIC] + [("bigram", model) for model in RNNS]
     for worse, better in claims:
-        cells = [f"{NAMES[worse]} is worse than {NAMES[better]}"]
+        cells = [f"{unbroken(worse)} is worse than {unbroken(better)}"]
         cells += [verdict(found[worse], found[better]), measured(of, worse), measured(of, better)]
         if published:
             cells.append(verdict(published.get(worse), published.get(better)))
@@ -156,8 +161,8 @@ def order_rows(of: DataSet) -> Iterable[list[str]]:
     whole = None not in others.values()
     lost = rival is not None and ours is not None and others[rival] <= ours
     answer = verdict(others[rival], ours) if whole or lost else verdict(None, None)
-    name = f" (next: {NAMES[rival]})" if rival else ""
-    cells = [f"C-GRU is the best of the paper’s models{name}", answer]
+    after = f" (next: {unbroken(rival)})" if rival else ""
+    cells = [f"{unbroken('c-gru')} is the best of the paper’s models{after}", answer]
     cells += [measured(of, rival) if rival else NOT_RUN, measured(of, "c-gru")]
     if published:
         theirs = min(value for model, value in published.items() if model != "c-gru")
@@ -194,11 +199,11 @@ def errors_table(of: DataSet, key: str) -> str:
 def bins_table(of: DataSet, key: str) -> str:
     """The numbers behind Figure 2."""
     rows, users = [], of.users()
-    for k, name in enumerate(BINS):
+    for k, bin_name in enumerate(BINS):
         inside = [row for row in users if row[2] == k]
         if not inside:
             continue
-        cells = [name, str(len(inside))]
+        cells = [bin_name, str(len(inside))]
         cells.append(f"{min(r[1] for r in inside):.2f} to {max(r[1] for r in inside):.2f}")
         for model, column in (("c-gru", 3), ("bigram", 4)):
             values = [row[column] for row in inside if row[column] is not None]
@@ -209,7 +214,8 @@ def bins_table(of: DataSet, key: str) -> str:
         rows.append(cells)
     caption = "<b>Figure 2 in numbers.</b> Mean ± standard deviation over the users of a bin, nats."
     head = ("Entropy", "Users", "Nats", NAMES["c-gru"], NAMES["bigram"])
-    return table(key, caption + csv_link(of, "figure2"), head, rows)
+    nothing = [[NOT_RUN, "", "", NOT_RUN, NOT_RUN]]
+    return table(key, caption + csv_link(of, "figure2"), head, rows or nothing)
 
 
 def section(of: DataSet, key: str) -> str:
@@ -272,8 +278,8 @@ def section(of: DataSet, key: str) -> str:
          + csv_link(of, "figure2"),
          "Distribution of the users' errors of C-GRU and bigram in three bins by entropy"),
         ("curves", "Learning curves", figures.draw_curves,
-         "One line a run. Where the runs of a model have no validation part, the error is that of "
-         "the best trial on it.",
+         "One line a run; with early stopping, of its part before the refit. Where the runs of a "
+         "model have no validation part, the error is that of the best trial on it.",
          "Training loss and validation error per epoch of the recurrent networks"),
         ("users", "Error of each user against entropy", figures.draw_users,
          "One mark a user and model." + csv_link(of, "figure2"),
@@ -299,19 +305,19 @@ def epoch_section(found: dict[str, Any]) -> str:
     for row in sorted(found["rows"], key=lambda row: (row["model"], row["hidden_size"])):
         how = f"scaled up from {row['measured_seconds']:.1f} s" if row["scaled"] else "whole epoch"
         note = f"; {row['users_note']}" if row["users_note"] else ""
-        cells = [f"{row['model']}, D = {row['hidden_size']}", escape(row["device"])]
+        cells = [unbroken(row["model"].lower()), str(row["hidden_size"]), escape(row["device"])]
         cells.append(link("epoch_time.json", f"{row['seconds_per_epoch']:,.1f}"))
         cells.append(link("epoch_time.json", f"{row['events_per_second']:,.0f}"))
         cells.append(link("epoch_time.json", f"{row['peak_gb']:.2f}"))
         rows.append([*cells, escape(how + note)])
-    head = ("Model", "Device", "Seconds an epoch", "Events/s", "Peak GB", "How")
+    head = ("Model", "D", "Device", "Seconds an epoch", "Events/s", "Peak GB", "How")
     shown = table("epoch-time-table", "<b>Figure 1, right, in numbers.</b>", head, rows)
     where = f"Measured on {escape(found['data'])}, {escape(machine(found))}, {found['date']}."
     caption = f"Hollow marks: scaled up from part of an epoch or of the users. {where}"
     title = "Figure 1, right: time of an epoch"
     return (
         f'<section id="epoch-time"><h2>Time of an epoch</h2><div class="grid">'
-        f"{figure('figure1-right', title, drawn, caption)}{shown}</div></section>"
+        f"{figure('figure1-right', title, drawn, caption)}</div>{shown}</section>"
     )
 
 
@@ -361,7 +367,7 @@ def trouble(sets: list[DataSet]) -> str:
             lines.append(f"<li>{link(run['href'], what)}: left out, made on other data</li>")
     if not lines:
         return ""
-    return f'<section id="failed"><h2>Failed runs</h2><ul>{"".join(lines)}</ul></section>'
+    return f'<section id="failed"><h2>Failed runs and runs left out</h2><ul>{"".join(lines)}</ul></section>'
 
 
 def head(sets: list[DataSet]) -> str:
