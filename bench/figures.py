@@ -59,8 +59,8 @@ def draw_figure1_left(of: DataSet) -> Figure | None:
         if score:
             values = [run["scores"]["nll"] for run in of.runs[model]]
             axes.plot(
-                values, [y] * len(values), "o", color=COLORS[model], markersize=5, markeredgewidth=0,
-                alpha=0.45 if score.spread else 1, label=labels.pop("seed", None),
+                values, [y] * len(values), "o", color=COLORS[model], markersize=5,
+                markeredgewidth=0, alpha=0.45 if score.spread else 1, label=labels.pop("seed", None),
             )  # fmt: skip
             if score.spread is not None:
                 axes.errorbar(

@@ -367,7 +367,8 @@ def trouble(sets: list[DataSet]) -> str:
             lines.append(f"<li>{link(run['href'], what)}: left out, made on other data</li>")
     if not lines:
         return ""
-    return f'<section id="failed"><h2>Failed runs and runs left out</h2><ul>{"".join(lines)}</ul></section>'
+    title = "Failed runs and runs left out"
+    return f'<section id="failed"><h2>{title}</h2><ul>{"".join(lines)}</ul></section>'
 
 
 def head(sets: list[DataSet]) -> str:
