@@ -60,7 +60,8 @@ def draw_figure1_left(of: DataSet) -> Figure | None:
             values = [run["scores"]["nll"] for run in of.runs[model]]
             axes.plot(
                 values, [y] * len(values), "o", color=COLORS[model], markersize=5,
-                markeredgewidth=0, alpha=0.45 if score.spread else 1, label=labels.pop("seed", None),
+                alpha=0.45 if score.spread else 1, markeredgewidth=0,
+                label=labels.pop("seed", None),
             )  # fmt: skip
             if score.spread is not None:
                 axes.errorbar(
