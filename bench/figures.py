@@ -80,6 +80,7 @@ def draw_figure1_left(of: DataSet) -> Figure | None:
     axes.set_yticks(range(len(RNNS)), [NAMES[model] for model in RNNS])
     axes.set_ylim(len(RNNS) - 0.5, -0.75)
     axes.margins(x=0.14)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel(ERROR)
@@ -145,6 +146,7 @@ def draw_curves(of: DataSet) -> Figure | None:
     validation.set_xlabel("epoch")
     validation.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not validation.lines:
+        validation.set_yticks([])
         validation.text(
             0.5, 0.5, "no epoch was validated", ha="center", transform=validation.transAxes
         )

@@ -333,7 +333,7 @@ def times_section(sets: list[DataSet]) -> str:
         for model, runs in of.runs.items():
             if not runs:
                 continue
-            took = ", ".join(link(run["href"], f"{run['seconds']:,.1f}") for run in runs)
+            took = ", ".join(link(run["href"], f"{run['seconds']:,.2f}") for run in runs)
             epochs = ", ".join(str(len(run["epoch_seconds"])) for run in runs)
             per = [x for run in runs for x in run["epoch_seconds"]]
             each = f"{statistics.median(per):,.2f}" if per else ""
@@ -341,8 +341,8 @@ def times_section(sets: list[DataSet]) -> str:
                 ", ".join(f"{k} {v}" for k, v in run["settings"].items() if k != "seed")
                 for run in runs
             }
-            places = {f"{machine(run)}, {run['threads']} threads" for run in runs}
-            cells = [f"{escape(of.facts['title'])}: {NAMES[model]}", took, epochs if per else ""]
+            places = {f"{machine(run)}, threads: {run['threads']}" for run in runs}
+            cells = [f"{escape(of.facts['title'])}: {unbroken(model)}", took, epochs if per else ""]
             cells += [
                 each,
                 escape("; ".join(sorted(places))),
