@@ -183,7 +183,7 @@ def errors_table(of: DataSet, key: str) -> str:
     rows = []
     for model in models:
         cells = [NAMES[model], measured(of, model)]
-        if model in BEYOND:
+        if model == BEYOND:
             cells[0] += ' <small class="beyond">beyond the paper</small>'
         if model == lowest:
             cells[1] = f"<b>{cells[1]}</b>"
@@ -223,7 +223,7 @@ def section(of: DataSet, key: str) -> str:
     facts, published = of.facts, of.published
     paper = published.get("title")
     source = link(f"{quote(facts['name'])}/data.json", "data.json")
-    note = f"{escape(facts['note'])}. " if facts["note"] else ""
+    note = f"{escape(facts['note'][:1].upper() + facts['note'][1:])}. " if facts["note"] else ""
     text = f"<p>{note}Facts of the data: {source}.</p>"
     if paper and not facts["is_paper"]:
         text += (

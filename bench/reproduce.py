@@ -174,11 +174,10 @@ def describe(name: str, split: data.Split, like: str, note: str, folder: Path) -
         counts = (known.users, known.items, known.events)
         is_paper = (train.n_users, train.n_items, events) == counts
         title = known.title if is_paper else f"{name} (from {known.title})"
-    notes = [note, "" if is_paper else "not the paper's data"]
     facts = {
         "name": name,
         "title": title,
-        "note": "; ".join(filter(None, notes)),
+        "note": note,
         "like": like,
         "published": published,
         "is_paper": is_paper,

@@ -120,12 +120,12 @@ def test_the_facts_of_the_data(whole, logs):
     out, printed = whole
     shop = record(out / "shop" / "data.json")
     assert (shop["published"], shop["is_paper"]) == (None, False)
-    assert shop["note"] == "not the paper's data"
+    assert shop["note"] == ""
     assert shop["uniform_nll"] == pytest.approx(np.log(shop["items"]))
     assert len(shop["entropy"]) == shop["users"] == 12
     lastfm = record(out / "lastfm-part" / "data.json")
     assert lastfm["published"] == "lastfm"
-    assert lastfm["note"] == "items are tracks, not artists; not the paper's data"
+    assert lastfm["note"] == "items are tracks, not artists"
     assert "the artists can't be used" in printed
 
 
@@ -241,7 +241,7 @@ def test_without_data_it_goes_on_with_the_built_in(offline, tmp_path, monkeypatc
     for known in datasets.KNOWN.values():
         assert f": put {known.file} into {tmp_path}/nothing/" in result.output
     facts = record(tmp_path / "out" / "built-in" / "data.json")
-    assert facts["note"] == "drawn from a known C-GRU; not the paper's data"
+    assert facts["note"] == "drawn from a known C-GRU"
     assert (tmp_path / "out" / "report.html").is_file()
 
 
@@ -265,7 +265,7 @@ def test_quick_takes_the_first_users(logs, tmp_path, monkeypatch):
     assert run(logs, tmp_path, *arguments, models=("uniform",)).exit_code == 0
     facts = record(tmp_path / "shop" / "data.json")
     assert facts["users"] == 5
-    assert facts["note"] == "the first 5 users only; not the paper's data"
+    assert facts["note"] == "the first 5 users only"
 
 
 def test_epoch_time(tmp_path, monkeypatch):
