@@ -21,9 +21,25 @@ from ..settings import nearest
 from ..training import validation_lengths
 from ..windows import Plan
 
-_HOMES = {"Bigram": "ngrams", "Unigram": "ngrams", "Uniform": "ngrams"}
+_HOMES = {
+    "Bigram": "ngrams",
+    "HMM": "hmm",
+    "MatrixFactorization": "mf",
+    "Unigram": "ngrams",
+    "Uniform": "ngrams",
+}
 
-__all__ = ["Baseline", "Bigram", "Targets", "Unigram", "Uniform", "targets", "validation_parts"]
+__all__ = [
+    "HMM",
+    "Baseline",
+    "Bigram",
+    "MatrixFactorization",
+    "Targets",
+    "Unigram",
+    "Uniform",
+    "targets",
+    "validation_parts",
+]
 
 
 def __getattr__(name: str) -> Any:
