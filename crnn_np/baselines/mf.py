@@ -30,8 +30,9 @@ class MatrixFactorization(Baseline):
 
     The entries m_iu = log(c + 1) of the items that a user has in the training part are factorised
     with weighted-lambda regularisation; an entry that was not observed is no zero, it is left out.
-    So the factors tell how often a user repeats an item, and hardly which items a user never
-    visits: the error is near that of `Uniform` where most counts are small.
+    The softmax of log(c + 1) is proportional to c + 1, so the closer the fit, the closer a
+    prediction to the user's own smoothed frequencies; nothing but the penalty holds down the
+    items that the user never had.
 
     Parameters
     ----------
