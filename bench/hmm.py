@@ -41,6 +41,7 @@ def passes(kind: type, states: int, items: int, x: np.ndarray, lengths: np.ndarr
 
     def call() -> float:
         stats, log_likelihood = model._do_estep(x, lengths)
+        model._compute_lower_bound(log_likelihood)
         model._do_mstep(stats)
         return log_likelihood
 

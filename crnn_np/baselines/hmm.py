@@ -33,7 +33,7 @@ MOST = 200
 GAIN = 0.01
 """Nats by which each look must lower the validation error for EM to go on."""
 
-GROUP = 32  # sequences side by side
+GROUP = 16  # sequences side by side
 CHUNK = 256  # rows of one product for the transitions: they stay in the second-level cache
 TILE = 512  # items of a stretch of scores
 
@@ -239,6 +239,8 @@ class SideBySide(CategoricalHMM):
         def expect(part: list[Array]) -> tuple[Array, Array, Array, float]:
             start, trans = np.zeros(self.n_components), np.zeros_like(self.transmat_)
             obs, log_likelihood = np.zeros_like(emit), 0.0
+            most = max((lengths[group].sum() for group in part), default=0)
+            alpha = np.empty((most, self.n_components))
             for group in part:
                 log_likelihood += _expect(
                     items,
@@ -247,6 +249,7 @@ class SideBySide(CategoricalHMM):
                     self.startprob_,
                     self.transmat_,
                     emit,
+                    alpha,
                     start,
                     trans,
                     obs,
@@ -298,6 +301,7 @@ def _expect(
     first: Array,
     move: Array,
     emit: Array,
+    alpha: Array,
     start: Array,
     trans: Array,
     obs: Array,
@@ -305,12 +309,12 @@ def _expect(
     """Add a group's expected counts; returns its log-likelihood in nats.
 
     begin, lengths int64[B]: the group's sequences in `items`, longest first; first float64[S],
-    move float64[S, S], emit float64[I, S]: the model; start float64[S], trans float64[S, S] before
-    the factor `move`, obs float64[I, S]: the counts.
+    move float64[S, S], emit float64[I, S]: the model; alpha float64[R, S]: room for the group's
+    events, R at least their number; start float64[S], trans float64[S, S] before the factor
+    `move`, obs float64[I, S]: the counts.
     """
     S, T = first.size, lengths[0]
-    alpha, scale = np.empty((lengths.sum(), S)), np.empty(lengths.sum())
-    at = np.zeros(T + 1, np.int64)
+    scale, at = np.empty(lengths.sum()), np.zeros(T + 1, np.int64)
     n, log_likelihood = lengths.size, 0.0
     for t in range(T):
         while lengths[n - 1] <= t:
@@ -325,8 +329,7 @@ def _expect(
 
     beta, back = np.empty((lengths.size, S)), move.T.copy()
     left, right, product = np.empty((CHUNK, S)), np.empty((CHUNK, S)), np.empty((S, S))
-    k = 0
-    later = 0
+    k = later = 0
     for t in range(T - 1, -1, -1):
         a, n = at[t], at[t + 1] - at[t]
         # right[k : k + later] holds what the later steps say of the states at step t + 1.
