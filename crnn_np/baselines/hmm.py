@@ -282,14 +282,14 @@ def _observe(items: Array, begin: Array, t: int, emit: Array, rows: Array, scale
     """
     log_likelihood = 0.0
     for b in range(rows.shape[0]):
-        row, e, total = rows[b], emit[items[begin[b] + t]], 0.0
-        for s in range(row.size):
-            row[s] *= e[s]
-            total += row[s]
+        i, total = items[begin[b] + t], 0.0
+        for s in range(rows.shape[1]):
+            rows[b, s] *= emit[i, s]
+            total += rows[b, s]
         scale[b] = 1.0 / total
         log_likelihood += np.log(total)
-        for s in range(row.size):
-            row[s] *= scale[b]
+        for s in range(rows.shape[1]):
+            rows[b, s] *= scale[b]
     return log_likelihood
 
 
@@ -343,12 +343,11 @@ def _expect(
             trans += product
             k = 0
         for b in range(n):
-            i = items[begin[b] + t]
-            e, o, factor = emit[i], obs[i], scale[a + b]
-            x, y, r = alpha[a + b], beta[b], right[k + b]
+            i, factor = items[begin[b] + t], scale[a + b]
             for s in range(S):
-                o[s] += x[s] * y[s]
-                r[s] = e[s] * y[s] * factor
+                obs[i, s] += alpha[a + b, s] * beta[b, s]
+            for s in range(S):
+                right[k + b, s] = emit[i, s] * beta[b, s] * factor
         later = n
     for b in range(lengths.size):
         start += alpha[b] * beta[b]
