@@ -15,6 +15,8 @@ BASELINES = {
     "unigram": "Unigram",
     "bigram": "Bigram",
     "personal": "Personal",
+    "mf": "MatrixFactorization",
+    "hmm": "HMM",
 }
 RNNS = {
     "p-gru": {"cell": "gru", "sharing": "pooled"},

@@ -21,11 +21,20 @@ from ..settings import nearest
 from ..training import validation_lengths
 from ..windows import Plan
 
-_HOMES = {"Bigram": "ngrams", "Personal": "personal", "Unigram": "ngrams", "Uniform": "ngrams"}
+_HOMES = {
+    "Bigram": "ngrams",
+    "HMM": "hmm",
+    "MatrixFactorization": "mf",
+    "Personal": "personal",
+    "Unigram": "ngrams",
+    "Uniform": "ngrams",
+}
 
 __all__ = [
+    "HMM",
     "Baseline",
     "Bigram",
+    "MatrixFactorization",
     "Personal",
     "Targets",
     "Unigram",

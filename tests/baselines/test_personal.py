@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from crnn_np import data
 from crnn_np.baselines import Personal, personal, targets
@@ -96,23 +94,6 @@ def test_every_figure_from_the_formulas(lengths):
     np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=1e-10)
     ties = np.abs(found[:, 1] - wanted[:, 1])
     assert ties.max() == 0
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.data())
-def test_each_distribution_sums_to_one(drawn):
-    items = st.integers(0, 4)
-    train = drawn.draw(st.lists(st.lists(items, max_size=12), min_size=1, max_size=3))
-    train[0] = train[0] or [0]
-    log = log_of(*train, n_items=5)
-    model = Personal().fit(log)
-    user = drawn.draw(st.sampled_from([u for u, s in enumerate(train) if s]))
-    total = 0.0
-    for item in range(5):
-        heldout = [[item] if u == user else [] for u in range(len(train))]
-        nll, _ = model._score(targets(log, log_of(*heldout, n_items=5)))
-        total += np.exp(-nll[0])
-    assert total == pytest.approx(1, abs=1e-9)
 
 
 def test_nothing_leaks_from_later_events():
