@@ -358,6 +358,6 @@ def _ranks(
         for s in range(t):
             for k in range(TRIGRAM + 1):
                 p[h[s]] += f[k] * weight[s, k]
-        rank[done] = np.sum(p >= p[h[t]])
+        rank[done] = np.sum(p >= p[h[t]] * (1 - 1e-12))  # sums in another order are still ties
         done += 1
     return rank
