@@ -63,7 +63,7 @@ class Job(NamedTuple):
     def file(self) -> Path:
         if self.trial is None:
             return self.of.folder / f"{self.model}-{self.seed}.json"
-        tried = ",".join(f"{name}={value}" for name, value in self.trial.items())
+        tried = ",".join(f"{name}={value}" for name, value in self.trial.items()) or "epochs"
         return self.of.folder / "trials" / f"{self.model}-{tried}.json"
 
     @property
@@ -74,7 +74,7 @@ class Job(NamedTuple):
     def __str__(self) -> str:
         what = f"seed {self.seed}"
         if self.trial is not None:
-            what = "trial " + ", ".join(f"{k} {v}" for k, v in self.trial.items())
+            what = "trial " + (", ".join(f"{k} {v}" for k, v in self.trial.items()) or "of epochs")
         return f"{self.of.facts['name']} {self.model} {what}"
 
 
@@ -241,17 +241,19 @@ def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> I
 # ---------------------------------------------------------------- the plan
 
 
-def rnn_settings(profile: dict[str, Any], like: str, model: str) -> dict[str, Any]:
+def rnn_settings(profile: dict[str, Any], facts: dict[str, Any], model: str) -> dict[str, Any]:
     """Of a model in ``reproduce.toml``, `choose` among them, with what the command line changes."""
-    special = profile.get(like, {}).get("rnns", {})
-    return {"like": like} | special.get(model, profile["rnns"][model]) | profile["changes"]
+    settings = profile["rnns"][model]
+    for part in (facts["like"], "paper" if facts["is_paper"] else ""):
+        settings = profile.get(part, {}).get("rnns", {}).get(model, settings)
+    return {"like": facts["like"]} | settings | profile["changes"]
 
 
 def trials(of: DataSet, model: str, profile: dict[str, Any]) -> tuple[list[Job], dict[str, Any]]:
     """The runs that choose a model's settings on the validation part, and its other settings."""
     if model not in methods.RNNS:
         return [], {}
-    settings = rnn_settings(profile, of.facts["like"], model)
+    settings = rnn_settings(profile, of.facts, model)
     tried = settings.pop("choose", [])
     jobs = [Job(of, model, 0, settings | one | {"seed": 0, "refit": False}, one) for one in tried]
     return jobs, settings

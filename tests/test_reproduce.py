@@ -145,6 +145,24 @@ def test_settings_are_chosen_on_the_validation_part(whole):
         assert {e["phase"] for e in found["epochs"]} == {"train"}
 
 
+def test_settings_for_the_papers_own_data_and_trials_of_nothing_but_epochs(tmp_path):
+    profile = {
+        "rnns": {"c-gru": {"preset": "authors", "epochs": 3, "choose": [{}]}},
+        "paper": {"rnns": {"c-gru": {"preset": "authors"}}},
+        "changes": {"epochs": 9},
+        "seeds_asked": None,
+        "seeds": 1,
+    }
+    for is_paper, names in ((False, ["trials/c-gru-epochs.json"]), (True, [])):
+        facts = {"name": "x", "like": "table", "is_paper": is_paper, "sha256": "0"}
+        of = reproduce.DataSet(facts, None, tmp_path)
+        tried, settings = reproduce.trials(of, "c-gru", profile)
+        assert [str(job.file.relative_to(tmp_path)) for job in tried] == names
+        assert settings == {"like": "table", "preset": "authors", "epochs": 9}
+    for job in tried:
+        assert str(job) == "x c-gru trial of epochs"
+
+
 def test_nothing_is_made_twice(whole, logs):
     out, _ = whole
     before = {file: file.stat().st_mtime_ns for file in out.glob("*/*-*.json")}
