@@ -158,9 +158,8 @@ def test_settings_for_the_papers_own_data_and_trials_of_nothing_but_epochs(tmp_p
         of = reproduce.DataSet(facts, None, tmp_path)
         tried, settings = reproduce.trials(of, "c-gru", profile)
         assert [str(job.file.relative_to(tmp_path)) for job in tried] == names
+        assert [str(job) for job in tried] == ["x c-gru trial of epochs"] * len(names)
         assert settings == {"like": "table", "preset": "authors", "epochs": 9}
-    for job in tried:
-        assert str(job) == "x c-gru trial of epochs"
 
 
 def test_nothing_is_made_twice(whole, logs):
