@@ -243,6 +243,8 @@ def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> I
 
 def rnn_settings(profile: dict[str, Any], facts: dict[str, Any], model: str) -> dict[str, Any]:
     """Of a model in ``reproduce.toml``, `choose` among them, with what the command line changes."""
+    if "preset" in profile["changes"]:
+        return {"like": facts["like"]} | profile["changes"]
     settings = profile["rnns"][model]
     for part in (facts["like"], "paper" if facts["is_paper"] else ""):
         settings = profile.get(part, {}).get("rnns", {}).get(model, settings)
@@ -523,7 +525,9 @@ def _names(context, parameter, value: str | None) -> list[str]:
 @click.option("--profile", type=click.Choice(list(SETTINGS)), default="full")
 @click.option("--datasets", callback=_names, help="Names with commas.  [default: all at hand]")
 @click.option("--models", callback=_names, help=f"Some of {', '.join(methods.NAMES)}.")
-@click.option("--preset", type=click.Choice(presets.names()), help="Instead of each RNN's.")
+@click.option(
+    "--preset", type=click.Choice(presets.names()), help="For each RNN, and nothing else."
+)
 @click.option("--seeds", type=click.IntRange(1), help="Seeds of each RNN.")
 @click.option("--epochs", type=click.IntRange(1), help="Epochs of each RNN, at most.")
 @click.option(

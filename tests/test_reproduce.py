@@ -226,7 +226,8 @@ def test_other_settings_are_other_runs(logs, tmp_path):
     assert not (tmp_path / "shop" / "c-gru-1.json").exists()
     options = ("--datasets", "shop", "--epochs", 1, "--preset", "paper", "--seeds", 1)
     assert run(logs, tmp_path, *options, models=("c-gru",)).exit_code == 0
-    assert record(tmp_path / "shop" / "c-gru-0.json")["resolved"]["dropout_out"] == 0.2
+    found = record(tmp_path / "shop" / "c-gru-0.json")["resolved"]
+    assert (found["dropout_out"], found["hidden_size"], found["patience"]) == (0.2, 32, 3)
 
 
 def test_a_dry_run_prints_the_plan_only(logs, tmp_path):
