@@ -327,7 +327,7 @@ class Plan:
         pace = self.spent / self.foreseen if self.foreseen else 1.0
         return pace * sum(self.seconds(job) for job in self.jobs[after + 1 :])
 
-    def done(self, job: Job, foreseen: float, seconds: float) -> None:
+    def done(self, foreseen: float, seconds: float) -> None:
         self.spent, self.foreseen = self.spent + seconds, self.foreseen + foreseen
 
     def lines(self) -> Iterator[str]:
@@ -426,23 +426,29 @@ def make(job: Job, chosen: list[dict[str, Any]], tell: Callable[[str, float], No
 
 
 class Progress:
-    """Where the plan stands: a bar on a terminal, elsewhere a line at most every 20 seconds."""
+    """Where the plan stands: a bar on a terminal; elsewhere a line a job and every 20 seconds."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.shown = plan, time.monotonic()
+        self.plan, self.shown = plan, 0.0
         self.bar = tqdm(total=len(plan.jobs), leave=False) if sys.stderr.isatty() else None
 
     def begin(self, at: int) -> None:
         self.at, self.began = at, time.perf_counter()
         self.foreseen = self.plan.seconds(self.plan.jobs[at])
+        self.shown, self.first = 0.0, None
+        self.tell("begun", 0.0)
 
     def tell(self, what: str, share: float) -> None:
         if self.bar is None and time.monotonic() - self.shown < 20:
             return
         self.shown = time.monotonic()
         job = self.plan.jobs[self.at]
-        spent = time.perf_counter() - self.began
-        here = spent / share - spent if share > 0.02 else max(self.foreseen - spent, 0)
+        here = self.foreseen * (1 - share)
+        if self.first is None and share > 0:
+            self.first = time.perf_counter(), share  # a run that goes on does not begin at 0
+        elif self.first is not None and share - self.first[1] > 0.02:
+            spent = time.perf_counter() - self.first[0]
+            here = spent / (share - self.first[1]) * (1 - share)
         left = planning.duration(here + self.plan.left(self.at))
         if self.bar is None:
             click.echo(
@@ -453,8 +459,7 @@ class Progress:
         self.bar.set_description(f"{job}: {what}, {left} left")
 
     def end(self) -> None:
-        job = self.plan.jobs[self.at]
-        self.plan.done(job, self.foreseen, time.perf_counter() - self.began)
+        self.plan.done(self.foreseen, time.perf_counter() - self.began)
 
     def close(self) -> None:
         if self.bar is not None:
