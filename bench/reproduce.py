@@ -430,7 +430,10 @@ class Progress:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.shown = plan, 0.0
-        self.bar = tqdm(total=len(plan.jobs), leave=False) if sys.stderr.isatty() else None
+        self.bar = None
+        if sys.stderr.isatty():
+            form = "{percentage:3.0f} % |{bar:16}| {desc}"
+            self.bar = tqdm(total=len(plan.jobs), leave=False, bar_format=form)
 
     def begin(self, at: int) -> None:
         self.at, self.began = at, time.perf_counter()
@@ -456,7 +459,7 @@ class Progress:
             )
             return
         self.bar.n = self.at + share
-        self.bar.set_description(f"{job}: {what}, {left} left")
+        self.bar.set_description_str(f"{job}: {what}; {left} left")
 
     def end(self) -> None:
         self.plan.done(self.foreseen, time.perf_counter() - self.began)
