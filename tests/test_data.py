@@ -263,3 +263,14 @@ def test_load_finds_files_that_do_not_belong_together(tmp_path, parts):
     write(directory / "stats.json", json.dumps(stats | {"format": 0}))
     with pytest.raises(DataError, match="format"):
         data.load(directory)
+
+
+def test_a_checksum_is_of_the_sequences():
+    log = data.from_sequences([[0, 1, 2], [2, 1]], 4)
+    same = log._replace(user_ids=log.user_ids[::-1], times=np.arange(5))
+    assert data.checksum(log) == data.checksum(same) == data.checksum(log, None)
+    others = [
+        data.from_sequences([[0, 1], [2, 2, 1]], 4),
+        data.from_sequences([[0, 1, 2], [2, 0]], 4),
+    ]
+    assert len({data.checksum(log), *map(data.checksum, others), data.checksum(log, log)}) == 4

@@ -245,3 +245,11 @@ def test_a_save_replaces_the_old_model(tmp_path):
     assert loaded.params.W_in.dtype == np.float64
     assert loaded.accumulators is None
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_settings_without_the_arrays(tmp_path):
+    path = tmp_path / "m"
+    model.save(path, *make())
+    assert model.load_settings(path) == model.load(path).settings
+    with pytest.raises(ModelError, match="no such model file"):
+        model.load_settings(tmp_path / "nothing")
