@@ -81,31 +81,31 @@ def point(log: crnn_np.EventLog, name: str, hidden_size: int, seconds: float) ->
 
 
 def measure(
-    log: crnn_np.EventLog, facts: dict[str, Any], sizes: list[int], seconds: float, file: Path
+    log: crnn_np.EventLog, name: str, sizes: list[int], seconds: float, file: Path
 ) -> Iterator[dict[str, Any]]:
     """Measure the points that `file` has not yet; each is written and yielded.
 
     Parameters
     ----------
-    facts : dict
-        ``name`` and ``sha256`` of the data.
+    name : str
+        Of the data.
     sizes : list of int
         Hidden sizes.
     seconds : float
         Train windows for at least this long a point.
     """
-    asked = {"data": facts["name"], "data_sha256": facts["sha256"], "seconds": seconds}
+    asked = {"data": name, "data_sha256": data.checksum(log), "seconds": seconds}
     found = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if {key: found.get(key) for key in asked} != asked:
         found = asked | {"rows": []}
     there = {(row["model"], row["hidden_size"]) for row in found["rows"]}
     spawn = multiprocessing.get_context("spawn")
     for size in sizes:
-        for name in MODELS:
-            if (name, size) in there:
+        for model in MODELS:
+            if (model, size) in there:
                 continue
             with ProcessPoolExecutor(1, mp_context=spawn) as process:
-                row = process.submit(point, log, name, size, seconds).result()
+                row = process.submit(point, log, model, size, seconds).result()
             found["rows"].append(row)
             found |= {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d")}
             part = file.with_name(f".{file.name}.part")
@@ -137,8 +137,7 @@ def _sizes(context, parameter, value: str) -> list[int]:
 def main(directory: Path, sizes: list[int], seconds: float, file: Path, svg: Path) -> None:
     """Measure an epoch's time on the prepared data in DIRECTORY and draw it."""
     train, _ = data.load(directory)
-    facts = {"name": directory.resolve().name, "sha256": data.checksum(train)}
-    for row in measure(train, facts, sizes, seconds, file):
+    for row in measure(train, directory.resolve().name, sizes, seconds, file):
         click.echo(line(row))
     report.draw_epoch_time(json.loads(file.read_text("utf-8")), svg)
     click.echo(f"{file} and {svg} written")

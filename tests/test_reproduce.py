@@ -293,16 +293,15 @@ def test_epoch_time(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(epoch_time, "ROOM", 8 * (9 * 12 + 9 * 4 + 3.5 * 4 * 12))
             assert epoch_time.users_that_fit(new, log) == users
-    facts = {"name": "drawn", "sha256": "x"}
     file = tmp_path / "epoch_time.json"
-    found = list(epoch_time.measure(log, facts, [2, 3], 0.01, file))
+    found = list(epoch_time.measure(log, "drawn", [2, 3], 0.01, file))
     assert [(r["model"], r["hidden_size"]) for r in found] == [
         *(("C-GRU", 2), ("P-GRU", 2)),
         *(("C-GRU", 3), ("P-GRU", 3)),
     ]
     assert all(r["seconds_per_epoch"] > 0 and r["peak_gb"] > 0.01 for r in found)
     assert record(file)["rows"] == found
-    assert not list(epoch_time.measure(log, facts, [2, 3], 0.01, file))
+    assert not list(epoch_time.measure(log, "drawn", [2, 3], 0.01, file))
 
 
 def test_tables_are_csv(whole):
