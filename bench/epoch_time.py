@@ -25,6 +25,7 @@ import click
 import numpy as np
 import report
 from machine import describe_machine
+from records import write_json
 
 import crnn_np
 from crnn_np import backends, data, methods, planning
@@ -108,9 +109,7 @@ def measure(
                 row = process.submit(point, log, model, size, seconds).result()
             found["rows"].append(row)
             found |= {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d")}
-            part = file.with_name(f".{file.name}.part")
-            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            part.replace(file)
+            write_json(file, found)
             yield row
 
 

@@ -1,4 +1,4 @@
-"""The runs of ``make reproduce`` as read from their files, beside what the paper published."""
+"""The files of ``make reproduce``: the runs as read, beside what the paper published."""
 
 import json
 import statistics
@@ -89,6 +89,14 @@ class DataSet(NamedTuple):
         for k, part in enumerate(np.array_split(np.array(ranked, int), len(BINS))):
             rows += [(u, entropy[u], k, ours.get(u), theirs.get(u)) for u in part.tolist()]
         return sorted(rows)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written beside `path` and renamed, so that it is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def read(folder: Path) -> DataSet:

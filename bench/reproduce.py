@@ -27,6 +27,7 @@ import epoch_time
 import numba
 import report
 from machine import describe_machine
+from records import write_json
 from tqdm import tqdm
 
 import crnn_np
@@ -76,14 +77,6 @@ class Job(NamedTuple):
         if self.trial is not None:
             what = "trial " + (", ".join(f"{k} {v}" for k, v in self.trial.items()) or "of epochs")
         return f"{self.of.facts['name']} {self.model} {what}"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Written beside `path` and renamed, so that it is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def made(job: Job) -> dict[str, Any] | None:
