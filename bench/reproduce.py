@@ -292,43 +292,46 @@ def expect(job: Job) -> Expected:
 
 
 class Plan:
-    """All jobs of a data set with what they are expected to need; time left as they are done."""
+    """All jobs with what they are expected to need; time left as they are done."""
 
     def __init__(self, jobs: list[Job], tell: Callable[[str], None]) -> None:
         self.jobs = jobs
         self.expected: dict[str, Expected] = {}
-        for job in jobs:
+        self.done = [made(job) is not None for job in jobs]
+        self.spent = self.foreseen = 0.0
+        for job, done in zip(jobs, self.done, strict=True):
             key = self._key(job)
-            if made(job) is None and key not in self.expected:
+            if not done and key not in self.expected:
                 tell(f"measuring what {key} will need")
                 try:
                     self.expected[key] = expect(job)
                 except Exception as error:  # the run itself will say so
                     tell(f"{job}: {error}")
-        self.spent = self.foreseen = 0.0
 
     def _key(self, job: Job) -> str:
         """Jobs with one key need the same, whatever their seed."""
         return str(job).partition(" seed ")[0]
 
-    def seconds(self, job: Job) -> float:
-        found = self.expected.get(self._key(job))
-        return found.seconds if found and made(job) is None else 0.0
+    def seconds(self, at: int) -> float:
+        """What a job is expected to take; 0 where it is done, or nobody knows."""
+        found = self.expected.get(self._key(self.jobs[at]))
+        return found.seconds if found and not self.done[at] else 0.0
 
     def left(self, after: int) -> float:
         """Seconds that the jobs behind one will take, at the pace so far."""
         pace = self.spent / self.foreseen if self.foreseen > 10 else 1.0
-        return pace * sum(self.seconds(job) for job in self.jobs[after + 1 :])
+        return pace * sum(map(self.seconds, range(after + 1, len(self.jobs))))
 
-    def done(self, foreseen: float, seconds: float) -> None:
-        self.spent, self.foreseen = self.spent + seconds, self.foreseen + foreseen
+    def took(self, at: int, seconds: float) -> None:
+        """Learn the pace from a job."""
+        self.spent, self.foreseen = self.spent + seconds, self.foreseen + self.seconds(at)
 
     def lines(self) -> Iterator[str]:
         """Data set, model, runs, epochs, time and memory, model by model."""
         table = [("", "runs", "done", "epochs", "time", "memory")]
         for key in dict.fromkeys(map(self._key, self.jobs)):
-            jobs = [job for job in self.jobs if self._key(job) == key]
-            done = sum(made(job) is not None for job in jobs)
+            jobs = [at for at, job in enumerate(self.jobs) if self._key(job) == key]
+            done = sum(self.done[at] for at in jobs)
             cells = ("", "", "")
             if key in self.expected:
                 one = self.expected[key]
@@ -430,7 +433,6 @@ class Progress:
 
     def begin(self, at: int) -> None:
         self.at, self.began = at, time.perf_counter()
-        self.foreseen = self.plan.seconds(self.plan.jobs[at])
         self.shown, self.first = 0.0, None
         self.tell("begun", 0.0)
 
@@ -439,7 +441,7 @@ class Progress:
             return
         self.shown = time.monotonic()
         job = self.plan.jobs[self.at]
-        here = self.foreseen * (1 - share)
+        here = self.plan.seconds(self.at) * (1 - share)
         if self.first is None and share > 0:
             self.first = time.perf_counter(), share  # a run that goes on does not begin at 0
         elif self.first is not None and share - self.first[1] > 0.02:
@@ -455,7 +457,7 @@ class Progress:
         self.bar.set_description_str(f"{job}: {what}; {left} left")
 
     def end(self) -> None:
-        self.plan.done(self.foreseen, time.perf_counter() - self.began)
+        self.plan.took(self.at, time.perf_counter() - self.began)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -481,12 +483,12 @@ def reproduce(
 
     plan = Plan([job for of in sets for name in names for job in jobs_of(of, name)], say)
     memory = max((one.bytes for one in plan.expected.values()), default=0)
-    hours = sum(map(plan.seconds, plan.jobs))
+    seconds = sum(map(plan.seconds, range(len(plan.jobs))))
     for line in plan.lines():
         click.echo(line)
     click.echo(
-        f"in all about {planning.duration(hours)} on this machine, beside Figure 1 right; at most "
-        f"{memory / 1e9:.2f} GB of memory"
+        f"in all about {planning.duration(seconds)} on this machine, beside Figure 1 right; "
+        f"at most {memory / 1e9:.2f} GB of memory"
     )
     if dry_run:
         return True
