@@ -46,18 +46,21 @@ def users_that_fit(model: crnn_np.CollaborativeRNN, log: crnn_np.EventLog) -> in
     return int(min(max(room // sizes["W_h"], 1), log.n_users))
 
 
+def first_users(log: crnn_np.EventLog, n: int) -> crnn_np.EventLog:
+    """A log of its first n users only, over the same items."""
+    indptr = log.indptr[: n + 1]
+    return log._replace(
+        indptr=indptr, items=log.items[: indptr[-1]], times=None, user_ids=log.user_ids[:n]
+    )
+
+
 def point(log: crnn_np.EventLog, name: str, hidden_size: int, seconds: float) -> dict[str, Any]:
     """Measure one model with one hidden size; meant for a process of its own."""
     model = methods.new(MODELS[name], preset="authors", hidden_size=hidden_size)
     spec, rule, plan = model.settings
     planning.load_kernels(spec, rule, plan)
     users = users_that_fit(model, log)
-    some = log._replace(
-        indptr=log.indptr[: users + 1],
-        items=log.items[: log.indptr[users]],
-        times=None,
-        user_ids=log.user_ids[:users],
-    )
+    some = first_users(log, users)
     params = initialise(spec, users, log.n_items, 0)
     module = backends.get("numba")
     found, measured = planning.sample_epoch(

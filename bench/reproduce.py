@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 import tomllib
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,12 @@ class Job(NamedTuple):
         """What a run that is there already must have been made from."""
         return {"settings": self.settings, "data_sha256": self.of.facts["sha256"]}
 
+    @property
+    def checkpoint(self) -> Path:
+        """Another one for other settings or data, so that no run goes on from another's."""
+        key = hashlib.sha256(json.dumps(self.asked).encode()).hexdigest()[:12]
+        return self.file.with_name(f"{self.file.stem}.{key}.checkpoint")
+
     def __str__(self) -> str:
         what = f"seed {self.seed}"
         if self.trial is not None:
@@ -91,7 +98,9 @@ def made(job: Job) -> dict[str, Any] | None:
 
 
 def _is_table(file: Path) -> bool:
-    """Whether a file is a table with the columns user and item."""
+    """Whether a file is a raw table with the columns user and item."""
+    if (file.parent / "stats.json").exists():  # a prepared data set
+        return False
     name = file.name.removesuffix(".gz")
     if name.endswith(".parquet"):
         import pyarrow.parquet as pq
@@ -112,7 +121,11 @@ def raw_logs(folder: Path) -> dict[str, tuple[Path, str]]:
     found = {}
     for file in sorted(folder.rglob("*")):
         like = RAW.get(file.name.removesuffix(".gz"))
-        if not file.is_file() or (like is None and not _is_table(file)):
+        try:
+            if not file.is_file() or (like is None and not _is_table(file)):
+                continue
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            click.echo(f"{file} is left out: it can't be read ({error})")
             continue
         name = file.parent.name if file.parent != folder else like or file.name.partition(".")[0]
         if name in found:
@@ -157,7 +170,10 @@ def prepare(name: str, file: Path, like: str, folder: Path) -> tuple[data.Split,
 
 
 def describe(name: str, split: data.Split, like: str, note: str, folder: Path) -> DataSet:
-    """Write ``data.json``."""
+    """Write ``data.json``.
+
+    Data in the format of one of the paper's, or with its name in theirs, get its published column.
+    """
     train, heldout = split
     published = next((known for known in datasets.KNOWN if like == known or known in name), None)
     events = train.n_events + heldout.n_events
@@ -186,21 +202,6 @@ def describe(name: str, split: data.Split, like: str, note: str, folder: Path) -
     return DataSet(facts, split, folder)
 
 
-def first_users(split: data.Split, n: int) -> data.Split:
-    """The two parts with their first n users only, over the same items."""
-    return data.Split(
-        *(
-            log._replace(
-                indptr=log.indptr[: n + 1],
-                items=log.items[: log.indptr[: n + 1][-1]],
-                times=None,
-                user_ids=log.user_ids[:n],
-            )
-            for log in split
-        )
-    )
-
-
 def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> Iterator[DataSet]:
     """The data sets to run on, each prepared; built-in data where there is none."""
     found = raw_logs(folder)
@@ -226,7 +227,7 @@ def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> I
             file, like = found[name]
             split, note = prepare(name, file, like, out / name)
         if users is not None and split.train.n_users > users:
-            split = first_users(split, users)
+            split = data.Split(*(epoch_time.first_users(part, users) for part in split))
             note = "; ".join(filter(None, [note, f"the first {users} users only"]))
         yield describe(name, split, like, note, out / name)
 
@@ -284,7 +285,7 @@ def expect(job: Job) -> Expected:
         found = model.estimate(train)
         return Expected(found.seconds, found.bytes, model.settings.plan.epochs)
     for some in (2, max(train.n_users // 20, 2)):  # the first time its kernels are loaded
-        part = first_users(job.of.split, some)
+        part = data.Split(*(epoch_time.first_users(log, some) for log in job.of.split))
         began = time.perf_counter()
         model.fit(part.train).evaluate(*part)
         seconds = time.perf_counter() - began
@@ -348,6 +349,13 @@ class Plan:
 # ---------------------------------------------------------------- the runs
 
 
+def remove_checkpoints(job: Job, but: Path | None = None) -> None:
+    """Remove what is left of a run that was broken off; all, or all with other settings."""
+    for file in job.file.parent.glob(f"{job.file.stem}.*.checkpoint*"):
+        if but is None or not file.name.startswith(but.name):
+            file.unlink()
+
+
 def run_job(job: Job, tell: Callable[[str, float], None]) -> dict[str, Any]:
     """Make a run: fit, evaluate, and all that its record says."""
     train, heldout = job.of.split
@@ -362,9 +370,9 @@ def run_job(job: Job, tell: Callable[[str, float], None]) -> dict[str, Any]:
             share = (len(model.reports) + done / max(events, 1)) / total
             tell(f"epoch {len(model.reports) + 1} of {total}", share)
 
-        checkpoint = job.file.with_suffix(".checkpoint")
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        for _ in model.epochs(train, progress=progress, checkpoint=checkpoint):
+        job.file.parent.mkdir(parents=True, exist_ok=True)
+        remove_checkpoints(job, but=job.checkpoint)
+        for _ in model.epochs(train, progress=progress, checkpoint=job.checkpoint):
             pass
         record["epochs"] = [
             {
@@ -415,9 +423,7 @@ def make(job: Job, chosen: list[dict[str, Any]], tell: Callable[[str, float], No
         click.echo(f"{job} failed: {message}", err=True)
         return False
     write_json(job.file, record | {"status": "done", "error": None} | found)
-    checkpoint = job.file.with_suffix(".checkpoint")
-    checkpoint.unlink(missing_ok=True)
-    Path(f"{checkpoint}.best").unlink(missing_ok=True)
+    remove_checkpoints(job)
     return True
 
 

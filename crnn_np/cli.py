@@ -353,8 +353,9 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
     if not (out or dry_run):
         raise click.MissingParameter(param_hint="'--out'", param_type="option")
     out = Path(out or "model")
-    if not out.absolute().parent.is_dir():
-        raise ModelError(f"{out}: its folder does not exist; make it first")
+    for path in (out, Path(checkpoint or out)):
+        if not path.absolute().parent.is_dir():
+            raise ModelError(f"{path}: its folder does not exist; make it first")
     parts = data.load(directory)
     changes = {key: value for key, value in changes.items() if value is not None}
     if name in methods.BASELINES:

@@ -453,6 +453,7 @@ def test_the_preset_follows_the_kind_of_log(prepared, tmp_path):
     ("change", "error"),
     [
         (lambda a, p: [*a[:2], p / "nowhere" / "m", *a[3:]], "its folder does not exist"),
+        (lambda a, p: [*a, "--checkpoint", p / "nowhere" / "c"], "c: its folder does not exist"),
         (lambda a, p: [p / "nowhere", *a[1:]], "no such directory"),
         (lambda a, p: [*a, "--dropout-in", "1.5"], "dropout_in is 1.5: expected 0 to 0.99"),
         (lambda a, p: [*a, "--learning-rate", "-1"], "learning_rate is -1.0: expected 0 to 10"),

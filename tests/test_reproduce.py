@@ -230,6 +230,33 @@ def test_other_settings_are_other_runs(logs, tmp_path):
     assert (found["dropout_out"], found["hidden_size"], found["patience"]) == (0.2, 32, 3)
 
 
+def test_a_run_does_not_go_on_from_one_with_other_settings(logs, tmp_path, monkeypatch):
+    """Broken off, then asked for with other settings: begun anew, and nothing is left behind."""
+
+    def breaks(*_, **__):
+        raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce.crnn_np.CollaborativeRNN, "evaluate", breaks)
+        with pytest.raises(Broken):
+            run(logs, tmp_path, "--datasets", "shop", models=("c-gru",), catch_exceptions=False)
+    assert len(list(tmp_path.rglob("*.checkpoint*"))) == 1
+    options = ("--datasets", "shop", "--epochs", 1, "--seeds", 1)
+    result = run(logs, tmp_path, *options, models=("c-gru",))
+    assert result.exit_code == 0, result.output
+    assert len(record(tmp_path / "shop" / "c-gru-0.json")["epochs"]) == 1
+    assert not list(tmp_path.rglob("*.checkpoint*"))
+
+
+def test_what_is_no_raw_log_is_left_out(whole, tmp_path, capsys):
+    (tmp_path / "bad.csv.gz").write_bytes(b"no gzip")
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    assert reproduce.raw_logs(tmp_path) == {}
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert list(whole[0].rglob("train.parquet"))
+    assert reproduce.raw_logs(whole[0]) == {}
+
+
 def test_a_dry_run_prints_the_plan_only(logs, tmp_path):
     result = run(logs, tmp_path, "--dry-run", "--datasets", "shop")
     assert result.exit_code == 0, result.output
