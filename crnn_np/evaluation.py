@@ -13,8 +13,10 @@ import numpy as np
 
 from .data import EventLog, concatenate
 from .errors import DataError
+from .history import Past, count
 from .model import Params, Spec, gather
-from .windows import replay_slices
+from .outputs import Cells
+from .windows import Window, replay_slices
 
 Array = np.ndarray
 
@@ -93,6 +95,28 @@ def summarise(
     return result
 
 
+def read_past(spec: Spec, log: EventLog, counted: EventLog | None = None) -> Past | None:
+    """What a mixture needs to know of a log; None for other output layers.
+
+    Parameters
+    ----------
+    counted : EventLog, optional
+        Training part that the other users' experts come from; `log` where not given.
+    """
+    if spec.output != "mixture":
+        return None
+    from .tallies import past  # compiled code, for those who use it
+
+    return past(log, count(counted or log))
+
+
+def target_cells(window: Window) -> Cells:
+    """The cells of a window that have a target, in the order of ``H[window.target > 0]``."""
+    cells = window.target > 0
+    user = np.broadcast_to(window.user, cells.shape)
+    return Cells(window.y[cells], user[cells], window.at[cells])
+
+
 def evaluate(
     backend: ModuleType,
     spec: Spec,
@@ -116,21 +140,27 @@ def evaluate(
     """
     spec = replace(spec, dropout_in=0.0, dropout_out=0.0)
     log = concatenate(train, heldout)
+    known = read_past(spec, log, train)
     run = replay_slices(log.lengths, train.lengths)
     s = np.zeros((1, run.user.shape[1], spec.hidden_size), spec.dtype)
     users, firsts, nlls, ranks = [], [], [], []
     H: list[Array] = []
-    y: list[Array] = []
+    found: list[Cells] = []
 
     def flush() -> None:
-        if H:
-            nll, rank = backend.score(
-                spec.output, np.concatenate(H), params.W_out, np.concatenate(y)
+        if not H:
+            return
+        states, cells = np.concatenate(H), Cells(*map(np.concatenate, zip(*found, strict=True)))
+        if spec.output == "mixture":
+            nll, rank = backend.mixture_score(
+                states, params.W_out, params.mixture, cells, known, spec.memory
             )
-            nlls.append(nll)
-            ranks.append(rank)
-            H.clear()
-            y.clear()
+        else:
+            nll, rank = backend.score(spec.output, states, params.W_out, cells.y)
+        nlls.append(nll)
+        ranks.append(rank)
+        H.clear()
+        found.clear()
 
     for k in range(run.key.size):
         piece = run.one(k)
@@ -147,8 +177,8 @@ def evaluate(
         users.append(window.user[b])
         firsts.append(piece.start[b] + t + 1 == piece.target_from[b])
         H.append(states[1:, 0][cells])
-        y.append(window.y[cells])
-        if sum(map(len, y)) >= SCORED_AT_ONCE:
+        found.append(target_cells(window))
+        if sum(map(len, H)) >= SCORED_AT_ONCE:
             flush()
     flush()
     empty = np.zeros(0)

@@ -19,7 +19,11 @@ import numpy as np
 
 from . import backends, training
 from .cells import CELLS
+from .data import EventLog, from_sequences
+from .evaluation import read_past, target_cells
+from .history import Past
 from .model import Params, RowGrad, Spec, gather, initialise
+from .outputs import Mixture
 from .windows import OUTPUT, Window, dropout_keep
 
 Array = np.ndarray
@@ -28,7 +32,9 @@ STEP = 1e-30
 AT_ONCE = 64  # perturbations in one forward pass
 SMALLEST = 1e-6
 BLOCKS = ("W_h", "W_in", "W_out", "ds0", "dA")
+OWN_BLOCKS = {"softmax": (), "mixture": Mixture._fields}  # of an output layer
 USERS, ITEMS, D = 4, 6, 3
+BEFORE = 9  # events of a user before the window
 KEY = np.uint64(20160)
 
 
@@ -109,7 +115,22 @@ def make_window(case: Case, rng: np.random.Generator) -> Window:
     return Window(user, x, y, event, target, carry)
 
 
-def complex_step(spec: Spec, params: Params, s0: Array, window: Window, case: Case) -> dict:
+def in_a_log(window: Window, rng: np.random.Generator) -> tuple[Window, EventLog]:
+    """The window as a stretch of a log, in which a mixture finds the past of its events."""
+    T, B = window.x.shape
+    sequences = [rng.integers(0, ITEMS - 1, T + BEFORE + 1) for _ in range(USERS)]
+    for user, x, y, event in zip(window.user, window.x.T, window.y.T, window.event.T, strict=True):
+        sequences[user][BEFORE:-1] = np.where(event > 0, x, sequences[user][BEFORE:-1])
+        sequences[user][-1] = y[-1]
+    log = from_sequences(sequences, n_items=ITEMS)
+    at = np.where(window.event > 0, log.indptr[window.user] + BEFORE + np.arange(T)[:, None], 0)
+    y = np.where(window.target > 0, log.items[at + 1], 0).astype(np.int32)
+    return window._replace(y=y, at=at), log
+
+
+def complex_step(
+    spec: Spec, params: Params, s0: Array, window: Window, case: Case, past: Past | None
+) -> dict:
     """Derivative of the reference's loss with respect to every element of every block.
 
     Perturbed copies of the window stand side by side as further columns.
@@ -126,6 +147,12 @@ def complex_step(spec: Spec, params: Params, s0: Array, window: Window, case: Ca
     keep = 1.0
     if spec.dropout_out:
         keep = dropout_keep(KEY, OUTPUT, T, B, spec.hidden_size, spec.dropout_out, "float64")
+
+    def loss(H: Array, W_out: Array, blocks: Mixture) -> complex:
+        if spec.output == "mixture":
+            own = target_cells(window)
+            return reference.mixture(H, W_out, blocks, own, past, spec.memory)[0]
+        return reference.output(spec.output, H, W_out, window.y[cells])[0]
 
     def losses(
         perturb: Callable[[int, Array, Array, Array, Array], None], start: int, stop: int
@@ -148,10 +175,8 @@ def complex_step(spec: Spec, params: Params, s0: Array, window: Window, case: Ca
             np.tile(window.carry, P),
         )
         H = states[1:, 0].reshape(T, P, B, -1)
-        out = [
-            reference.output(spec.output, (H[:, p] * keep)[cells], W_out[p], window.y[cells])[0]
-            for p in range(P)
-        ]
+        own = params.mixture if spec.output == "mixture" else None
+        out = [loss((H[:, p] * keep)[cells], W_out[p], own) for p in range(P)]
         return np.array(out).imag * case.scale / STEP
 
     def derivative(shape: tuple[int, ...], perturb: Callable) -> Array:
@@ -183,10 +208,24 @@ def complex_step(spec: Spec, params: Params, s0: Array, window: Window, case: Ca
     def in_A(i, A, W_h, s, W_out):
         A.flat[i] += h
 
+    def in_output(name: str) -> Array:
+        states = reference.cell_forward(
+            spec.cell_kind, s0, spec.init_state, A0, W_h0, window.event, window.carry
+        )[0]
+        H, block = (states[1:, 0] * keep)[cells], getattr(params, name)
+        found = np.empty(block.size)
+        for i in range(block.size):
+            changed = block.astype(complex)
+            changed.flat[i] += h
+            own = params.mixture._replace(**{name: changed})
+            found[i] = loss(H, params.W_out, own).imag * case.scale / STEP
+        return found.reshape(block.shape)
+
     return {
         "W_h": derivative(params.W_h.shape, in_W_h),
         "W_in": derivative(params.W_in.shape, in_W_in),
         "W_out": derivative(params.W_out.shape, in_W_out),
+        **{name: in_output(name) for name in OWN_BLOCKS[spec.output]},
         "ds0": derivative(s0.shape, in_s0),
         "dA": derivative(A0.shape, in_A),
     }
@@ -207,21 +246,26 @@ def by_hand(
     s0: Array,
     window: Window,
     case: Case,
+    past: Past | None = None,
     gradients: Callable = training.gradients,
 ) -> dict[str, Array]:
     """The hand-written gradients of one window in a backend, as whole tables."""
     dtype = np.dtype(spec.dtype)
-    window = window._replace(**{k: getattr(window, k).astype(dtype) for k in Window._fields[3:]})
-    params = Params(*(block.astype(dtype) for block in params))
+    real = {k: getattr(window, k).astype(dtype) for k in ("event", "target", "carry")}
+    window = window._replace(**real)
+    params = type(params)(*(block.astype(dtype) for block in params))
     _, grads, ds0, dA, _ = gradients(
-        backend, spec, params, s0.astype(dtype), window, KEY, case.scale
+        backend, spec, params, s0.astype(dtype), window, KEY, case.scale, past
     )
-    W_h, W_in = _whole(grads.W_h, params.W_h.shape), _whole(grads.W_in, params.W_in.shape)
-    return dict(zip(BLOCKS, (W_h, W_in, grads.W_out, ds0, dA), strict=True))
+    blocks = {
+        name: _whole(grad, getattr(params, name).shape) if isinstance(grad, RowGrad) else grad
+        for name, grad in grads._asdict().items()
+    }
+    return {**blocks, "ds0": ds0, "dA": dA}
 
 
 def setting(case: Case, cell: str, sharing: str, output: str):
-    """Spec, float64 parameters, state and window of a case."""
+    """Spec, float64 parameters, state, window and past of a case."""
     name, _, candidate = cell.partition("-")
     spec = Spec(
         hidden_size=D,
@@ -232,11 +276,18 @@ def setting(case: Case, cell: str, sharing: str, output: str):
         init_state=case.init,
         dropout_in=case.dropout,
         dropout_out=case.dropout,
+        memory=12,
+        gate_size=3,
         dtype="float64",
     )
     rng = np.random.default_rng([case.T, len(cell), len(sharing)])
     params = initialise(spec, USERS, ITEMS, seed=7)
-    return spec, params, rng.normal(0, 0.5, (1, case.B, D)), make_window(case, rng)
+    s0, window = rng.normal(0, 0.5, (1, case.B, D)), make_window(case, rng)
+    if output == "softmax":
+        return spec, params, s0, window, None
+    window, log = in_a_log(window, rng)
+    own = {name: rng.normal(0, 0.5, getattr(params, name).shape) for name in Mixture._fields}
+    return spec, params._replace(**own), s0, window, read_past(spec, log)
 
 
 def block_error(found: Array, wanted: Array) -> float:
@@ -248,10 +299,10 @@ def block_error(found: Array, wanted: Array) -> float:
 @cache
 def oracle(against: str, case: Case, cell: str, sharing: str, output: str) -> dict[str, Array]:
     """What the gradients of a case must be."""
-    spec, params, s0, window = setting(case, cell, sharing, output)
+    spec, params, s0, window, past = setting(case, cell, sharing, output)
     if against == "complex step":
-        return complex_step(spec, params, s0, window, case)
-    return by_hand(backends.get("numpy"), spec, params, s0, window, case)
+        return complex_step(spec, params, s0, window, case, past)
+    return by_hand(backends.get("numpy"), spec, params, s0, window, case, past)
 
 
 def check(
@@ -266,14 +317,14 @@ def check(
         Stands in for ``limit.backend``; with `gradients`, the way in for mutation tests.
     """
     backend = backend or backends.get(limit.backend)
-    for cell, sharing, output in product(CELLS, ("collaborative", "pooled"), ("softmax",)):
+    for cell, sharing, output in product(CELLS, ("collaborative", "pooled"), OWN_BLOCKS):
         worst: dict[str, Row] = {}
         for case in CASES:
-            spec, params, s0, window = setting(case, cell, sharing, output)
+            spec, params, s0, window, past = setting(case, cell, sharing, output)
             wanted = oracle(limit.against, case, cell, sharing, output)
             own = replace(spec, dtype=limit.dtype)
-            found = by_hand(backend, own, params, s0, window, case, gradients)
-            for block in BLOCKS:
+            found = by_hand(backend, own, params, s0, window, case, past, gradients)
+            for block in wanted:
                 largest = float(np.abs(wanted[block]).max())
                 error = block_error(found[block], wanted[block])
                 row = Row(
@@ -310,7 +361,7 @@ def main(names: tuple[str, ...]) -> None:
     does not start at 0, and both loss scales. Exit status 1 if a line fails.
     """
     click.echo(
-        f"{'backend':8} {'dtype':8} {'cell':12} {'sharing':14} {'output':8} {'block':6} "
+        f"{'backend':8} {'dtype':8} {'cell':12} {'sharing':14} {'output':8} {'block':9} "
         f"{'shape':14} {'max|g*|':>8} {'error':>8} {'limit':>8}"
     )
     failed = count = 0
@@ -327,7 +378,7 @@ def main(names: tuple[str, ...]) -> None:
                 verdict += " (broken test case: the gradient vanishes)"
             click.echo(
                 f"{row.backend:8} {row.dtype:8} {row.cell:12} {row.sharing:14} {row.output:8} "
-                f"{row.block:6} {shape:14} {row.largest:8.1e} {row.error:8.1e} {row.limit:8.0e} "
+                f"{row.block:9} {shape:14} {row.largest:8.1e} {row.error:8.1e} {row.limit:8.0e} "
                 f"{verdict}"
             )
     click.echo(f"{count - failed} of {count} blocks passed")

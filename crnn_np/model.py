@@ -16,6 +16,8 @@ import numpy as np
 from .cells import CELLS
 from .data import EventLog
 from .errors import ModelError
+from .history import FEATURES
+from .outputs import MATCHES, STATIC, Mixture, lag_buckets
 from .settings import check
 from .windows import INPUT, Window, dropout_keep
 
@@ -38,8 +40,15 @@ class Spec:
         A W_h for every user (C-RNN), or one for all (P-RNN).
     candidate : {"tanh", "sigmoid"}
         Nonlinearity of the GRU's candidate: tanh, or sigmoid as in the authors' code.
-    output : {"softmax"}
-        Output layer: the softmax over all items.
+    output : {"softmax", "mixture"}
+        Output layer: the softmax over all items, or its mixture with pointers into the user's own
+        past and the other users' bigram and unigram (`outputs`).
+    pointers : int
+        Of the mixture: P, distributions over the items of the user's past.
+    memory : int
+        Of the mixture: events that the pointers reach back.
+    gate_size : int
+        Of the mixture: Q, hidden units of the gate.
     init_state : float
         Every unit of the state before a sequence (epsilon in Algorithm 1).
     dropout_in, dropout_out : float
@@ -53,7 +62,10 @@ class Spec:
     cell: Literal["gru", "tanh"] = "gru"
     sharing: Literal["collaborative", "pooled"] = "collaborative"
     candidate: Literal["tanh", "sigmoid"] = "tanh"
-    output: Literal["softmax"] = "softmax"
+    output: Literal["softmax", "mixture"] = "softmax"
+    pointers: int = 2
+    memory: int = 512
+    gate_size: int = 16
     init_state: float = 0.0
     dropout_in: float = 0.0
     dropout_out: float = 0.0
@@ -61,7 +73,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         dropout = (0, 0.99)
-        bounds = {"hidden_size": (1, 1 << 16), "init_state": (-1, 1)}
+        bounds = {"hidden_size": (1, 1 << 16), "init_state": (-1, 1), "pointers": (1, 16)}
+        bounds |= {"memory": (1, 1 << 16), "gate_size": (1, 1 << 12)}
         check(self, **bounds, dropout_in=dropout, dropout_out=dropout)
 
     @property
@@ -83,6 +96,24 @@ class Params(NamedTuple):
     W_out: Array
 
 
+class MixtureParams(NamedTuple):
+    """`Params` of a mixture, with the blocks of `outputs.Mixture`."""
+
+    W_h: Array
+    W_in: Array
+    W_out: Array
+    tau: Array
+    nu: Array
+    gate_in: Array
+    gate_out: Array
+    gate_user: Array
+
+    @property
+    def mixture(self) -> Mixture:
+        """The mixture's own blocks."""
+        return Mixture(*self[3:])
+
+
 class RowGrad(NamedTuple):
     """A gradient of some rows: rows int32[M], unique in the first `count`; values real[M, ...]."""
 
@@ -99,6 +130,19 @@ class Grads(NamedTuple):
     W_out: Array
 
 
+class MixtureGrads(NamedTuple):
+    """`Grads` of a mixture: rows of nu and gate_user, the whole of the other new blocks."""
+
+    W_h: RowGrad
+    W_in: RowGrad
+    W_out: Array
+    tau: Array
+    nu: RowGrad
+    gate_in: Array
+    gate_out: Array
+    gate_user: RowGrad
+
+
 class Accumulators(NamedTuple):
     """State of RMSprop: mean squares shaped like `Params`, and what the dense row rule needs.
 
@@ -112,27 +156,75 @@ class Accumulators(NamedTuple):
     step: Array
 
 
+class MixtureAccumulators(NamedTuple):
+    """`Accumulators` of a mixture."""
+
+    W_h: Array
+    W_in: Array
+    W_out: Array
+    stamp: Array
+    step: Array
+    tau: Array
+    nu: Array
+    gate_in: Array
+    gate_out: Array
+    gate_user: Array
+
+    @property
+    def mixture(self) -> Mixture:
+        """Mean squares of the mixture's own blocks."""
+        return Mixture(*self[5:])
+
+
 def shapes(spec: Spec, n_users: int, n_items: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each block of `Params`."""
+    """Shape of each block of `Params`, or of `MixtureParams`."""
     D, G = spec.hidden_size, spec.gates
     matrices = n_users if spec.sharing == "collaborative" else 1
-    return {"W_h": (matrices, D, G * D), "W_in": (n_items, G * D), "W_out": (n_items, D)}
+    blocks = {"W_h": (matrices, D, G * D), "W_in": (n_items, G * D), "W_out": (n_items, D)}
+    if spec.output == "mixture":
+        P, Q, K = spec.pointers, spec.gate_size, STATIC + spec.pointers
+        blocks |= {
+            "tau": (P, int(lag_buckets(spec.memory)[-1]) + 1, MATCHES),
+            "nu": (n_users, P, MATCHES + 1),
+            "gate_in": (len(FEATURES) + D, Q),
+            "gate_out": (Q + 1, K),
+            "gate_user": (n_users, K),
+        }
+    return blocks
 
 
-def initialise(spec: Spec, n_users: int, n_items: int, seed: int) -> Params:
-    """Parameters drawn from N(0, 1/D) (Section 2.3); each block has a stream of its own."""
+def initialise(spec: Spec, n_users: int, n_items: int, seed: int) -> Params | MixtureParams:
+    """Parameters drawn from N(0, 1/D) (Section 2.3); each block has a stream of its own.
+
+    The pointers of a mixture start as caches that forget, each slower than the one before and with
+    more trust in matching contexts; its gate starts even, its users alike.
+    """
     blocks = []
     for name, shape in shapes(spec, n_users, n_items).items():
         rng = np.random.default_rng([seed, *name.encode()])
-        values = rng.standard_normal(shape, np.dtype(spec.dtype).type)
-        blocks.append(values / values.dtype.type(np.sqrt(spec.hidden_size)))
-    return Params(*blocks)
+        if name == "tau":
+            bucket = lag_buckets(spec.memory)
+            lag = np.bincount(bucket, np.log(np.arange(1, bucket.size + 1))) / np.bincount(bucket)
+            p = np.arange(spec.pointers)[:, None, None]
+            blocks.append(np.arange(MATCHES) * (p + 1) - lag[:, None] / (3 * p + 1))
+        elif name in ("nu", "gate_user"):
+            blocks.append(np.zeros(shape))
+        elif name in ("gate_in", "gate_out"):
+            scale = 1.0 if name == "gate_in" else 0.1
+            blocks.append(rng.standard_normal(shape) * scale / np.sqrt(shape[0]))
+        else:
+            values = rng.standard_normal(shape, np.dtype(spec.dtype).type)
+            blocks.append(values / values.dtype.type(np.sqrt(spec.hidden_size)))
+    kind = MixtureParams if spec.output == "mixture" else Params
+    return kind(*(block.astype(spec.dtype, copy=False) for block in blocks))
 
 
-def new_accumulators(params: Params) -> Accumulators:
+def new_accumulators(params: Params | MixtureParams) -> Accumulators | MixtureAccumulators:
     """RMSprop's state before the first step."""
-    squares = (np.zeros_like(block) for block in params)
-    return Accumulators(*squares, np.zeros(len(params.W_in), np.int64), np.zeros(1, np.int64))
+    squares = [np.zeros_like(block) for block in params]
+    counters = [np.zeros(len(params.W_in), np.int64), np.zeros(1, np.int64)]
+    kind = MixtureAccumulators if isinstance(params, MixtureParams) else Accumulators
+    return kind(*squares[:3], *counters, *squares[3:])
 
 
 def _input_keep(spec: Spec, window: Window, key: int) -> Array | None:
@@ -303,11 +395,14 @@ def load(path: str | os.PathLike, kind: type = Params) -> Saved:
         There is no such file, or it is not a model of this package.
     """
     arrays, settings = _read(path)
+    mixture = kind is Params and "params.tau" in arrays
+    kind = MixtureParams if mixture else kind
     try:
         params = kind(*(arrays[f"params.{k}"] for k in kind._fields))
         acc = None
         if "accumulators.step" in arrays:
-            acc = Accumulators(*(arrays[f"accumulators.{k}"] for k in Accumulators._fields))
+            state = MixtureAccumulators if mixture else Accumulators
+            acc = state(*(arrays[f"accumulators.{k}"] for k in state._fields))
         ids = (
             _unpack(arrays[f"{name}.utf8"], arrays[f"{name}.ends"])
             for name in ("user_ids", "item_ids")

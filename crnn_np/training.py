@@ -15,8 +15,20 @@ import numpy as np
 from . import backends, model
 from .data import EventLog, checksum, concatenate, cut_tail
 from .errors import ModelError, SettingsError, TrainingError
-from .evaluation import evaluate
-from .model import Accumulators, Grads, Params, Spec, gather, initialise, new_accumulators, scatter
+from .evaluation import evaluate, read_past, target_cells
+from .history import Past
+from .model import (
+    Accumulators,
+    Grads,
+    MixtureGrads,
+    Params,
+    RowGrad,
+    Spec,
+    gather,
+    initialise,
+    new_accumulators,
+    scatter,
+)
 from .optim import Rule
 from .windows import OUTPUT, Plan, Slice, Window, dropout_keep, epoch_slices
 
@@ -73,7 +85,8 @@ def gradients(
     window: Window,
     key: int,
     scale: float,
-) -> tuple[float, Grads, Array, Array, Array]:
+    past: Past | None = None,
+) -> tuple[float, Grads | MixtureGrads, Array, Array, Array]:
     """Loss of one window and the gradient of every block, by hand (Appendix A).
 
     Parameters
@@ -84,10 +97,12 @@ def gradients(
         Of the dropout masks.
     scale : float
         Factor on the gradients; the loss stays the sum in nats.
+    past : Past, optional
+        Of the log that the window is of; a mixture needs it.
 
     Returns
     -------
-    loss, Grads, ds0 real[S, B, D], dA real[T, B, G*D], s_T real[S, B, D]
+    loss, Grads or MixtureGrads, ds0 real[S, B, D], dA real[T, B, G*D], s_T real[S, B, D]
     """
     A, W_h = gather(backend, spec, params, window, key)
     states, cache = backend.cell_forward(
@@ -98,7 +113,18 @@ def gradients(
         keep = dropout_keep(key, OUTPUT, *H.shape, spec.dropout_out, spec.dtype)
         H = H * keep
     cells = window.target > 0
-    loss, dH_cells, dW_out = backend.output(spec.output, H[cells], params.W_out, window.y[cells])
+    if spec.output == "mixture":
+        own = target_cells(window)
+        loss, dH_cells, dW_out, d = backend.mixture(
+            H[cells], params.W_out, params.mixture, own, past, spec.memory
+        )
+        nu, gate_user = (backend.sum_rows(own.user, rows * scale) for rows in (d.nu, d.gate_user))
+        more = (d.tau * scale, nu, d.gate_in * scale, d.gate_out * scale, gate_user)
+    else:
+        loss, dH_cells, dW_out = backend.output(
+            spec.output, H[cells], params.W_out, window.y[cells]
+        )
+        more = ()
     dH = np.zeros_like(H)
     dH[cells] = dH_cells * scale
     if spec.dropout_out:
@@ -107,18 +133,26 @@ def gradients(
         spec.cell_kind, dH, states, cache, spec.init_state, W_h, window.event, window.carry
     )
     dW_h_rows, dW_in = scatter(backend, spec, window, key, dA, dW_h)
-    return loss, Grads(dW_h_rows, dW_in, dW_out * scale), ds0, dA, states[-1]
+    kind = MixtureGrads if more else Grads
+    return loss, kind(dW_h_rows, dW_in, dW_out * scale, *more), ds0, dA, states[-1]
 
 
-def _clipped(grads: Grads, limit: float) -> Grads:
+def _clipped(grads: Grads | MixtureGrads, limit: float) -> Grads | MixtureGrads:
     """All blocks scaled so that their common norm is at most `limit` (Pascanu et al., 2013)."""
-    blocks = (grads.W_h.values[: grads.W_h.count], grads.W_in.values[: grads.W_in.count])
-    norm = np.sqrt(sum(np.sum(b * b, dtype=np.float64) for b in (*blocks, grads.W_out)))
+
+    def values(grad: RowGrad | Array) -> Array:
+        return grad.values[: grad.count] if isinstance(grad, RowGrad) else grad
+
+    def scaled(grad: RowGrad | Array) -> RowGrad | Array:
+        if isinstance(grad, RowGrad):
+            return grad._replace(values=grad.values * factor)
+        return grad * factor
+
+    norm = np.sqrt(sum(np.sum(b * b, dtype=np.float64) for b in map(values, grads)))
     if norm <= limit:
         return grads
     factor = float(limit / norm)
-    W_h, W_in = (g._replace(values=g.values * factor) for g in (grads.W_h, grads.W_in))
-    return Grads(W_h, W_in, grads.W_out * factor)
+    return type(grads)(*map(scaled, grads))
 
 
 def step(
@@ -131,6 +165,7 @@ def step(
     window: Window,
     key: int,
     scale: float,
+    past: Past | None = None,
 ) -> tuple[float, int, Array]:
     """One window of Algorithm 1: forward, backward, update. Writes to params and accumulators.
 
@@ -143,15 +178,15 @@ def step(
     s_T : real[S, B, D]
         State after the window.
     """
-    loss, grads, _, _, s_T = gradients(backend, spec, params, s0, window, key, scale)
+    loss, grads, _, _, s_T = gradients(backend, spec, params, s0, window, key, scale, past)
     if rule.clip:
         grads = _clipped(grads, rule.clip)
     accumulators.step[0] += 1
     n = int(accumulators.step[0])
-    stamp = accumulators.stamp if rule.W_in_rows == "dense" else None
-    backend.update(rule, params.W_h, accumulators.W_h, None, n, grads.W_h)
-    backend.update(rule, params.W_in, accumulators.W_in, stamp, n, grads.W_in)
-    backend.update(rule, params.W_out, accumulators.W_out, None, n, grads.W_out)
+    for name in grads._fields:
+        dense = name == "W_in" and rule.W_in_rows == "dense"
+        param, accumulator, grad = (getattr(x, name) for x in (params, accumulators, grads))
+        backend.update(rule, param, accumulator, accumulators.stamp if dense else None, n, grad)
     return float(loss), int(np.count_nonzero(window.target)), s_T
 
 
@@ -166,6 +201,7 @@ def train_run(
     log: EventLog,
     run: Slice,
     work: Any,
+    past: Past | None = None,
 ) -> tuple[float, int]:
     """Train on a run of windows, the loop over `step` or the backend's fused form of it.
 
@@ -177,19 +213,21 @@ def train_run(
         With an axis of K windows.
     work
         `workspace` of the backend.
+    past : Past, optional
+        Of `log`; a mixture needs it.
 
     Returns
     -------
     loss, events : summed over the run
     """
     if hasattr(backend, "train_run") and not rule.clip:
-        return backend.train_run(spec, rule, scale, params, accumulators, s, log, run, work)
+        return backend.train_run(spec, rule, scale, params, accumulators, s, log, run, work, past)
     loss, events = 0.0, 0
     for k in range(run.key.size):
         piece = run.one(k)
         window = backend.window(log, piece, spec.dtype)
         window_loss, n, s_T = step(
-            backend, spec, rule, params, accumulators, s, window, piece.key, scale
+            backend, spec, rule, params, accumulators, s, window, piece.key, scale, past
         )
         s[...] = s_T
         loss, events = loss + window_loss, events + n
@@ -230,6 +268,7 @@ def _train_epoch(
     log: EventLog,
     epoch: int,
     work: Any,
+    past: Past | None,
     progress: Callable[[int, int, float], None] | None,
 ) -> tuple[float, int]:
     """One pass over all users; the mean loss per event and the number of events."""
@@ -241,7 +280,7 @@ def _train_epoch(
         began = time.perf_counter()
         part = run.part(done, done + size)
         part_loss, part_events = train_run(
-            backend, spec, rule, plan.scale, params, acc, s, log, part, work
+            backend, spec, rule, plan.scale, params, acc, s, log, part, work, past
         )
         if not np.isfinite(part_loss):
             raise TrainingError(
@@ -358,10 +397,11 @@ def epochs(
             accumulators = None
         if accumulators is None:
             accumulators = new_accumulators(params)
+        past = read_past(spec, part)
         for epoch in range(first + len(before), last + 1):
             began = time.perf_counter()
             loss, events = _train_epoch(
-                module, spec, rule, plan, params, accumulators, part, epoch, work, progress
+                module, spec, rule, plan, params, accumulators, part, epoch, work, past, progress
             )
             seconds = time.perf_counter() - began
             scores = None

@@ -132,6 +132,8 @@ class Window(NamedTuple):
         1 where y counts in the loss.
     carry : real[T, B]
         0 where a new sequence starts before the step.
+    at : int64[T, B] or None
+        Index of each event in the log, 0 at padding; None where the window is of no log.
     """
 
     user: Array
@@ -140,6 +142,7 @@ class Window(NamedTuple):
     event: Array
     target: Array
     carry: Array
+    at: Array | None = None
 
 
 def mix(z: Array) -> Array:
@@ -268,4 +271,5 @@ def window(log: EventLog, piece: Slice, dtype: np.dtype) -> Window:
         event.astype(dtype),
         target.astype(dtype),
         carry.astype(dtype),
+        np.where(event, index, 0),
     )

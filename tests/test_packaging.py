@@ -26,6 +26,8 @@ LAYERS = [
     ["backends"],
     ["model"],
     ["cells", "outputs", "optim"],
+    ["tallies"],
+    ["history"],
     ["windows"],
     ["datasets", "reading"],
     ["data"],

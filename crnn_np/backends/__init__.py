@@ -14,6 +14,8 @@ FUNCTIONS = (
     "cell_backward",
     "output",
     "score",
+    "mixture",
+    "mixture_score",
     "take_rows",
     "sum_rows",
     "update",

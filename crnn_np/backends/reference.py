@@ -8,13 +8,29 @@ import numpy as np
 
 from ..cells import CELLS
 from ..data import EventLog
+from ..history import Past
 from ..model import RowGrad
 from ..optim import Rule, rmsprop, rmsprop_rows
-from ..outputs import OUTPUTS
+from ..outputs import OUTPUTS, Cells, Mixture, mixture_loss, mixture_score
 from ..windows import Slice, Window
 from ..windows import window as read_window
 
 Array = np.ndarray
+
+__all__ = [
+    "cell_backward",
+    "cell_forward",
+    "mixture",
+    "mixture_score",
+    "output",
+    "score",
+    "sum_rows",
+    "take_rows",
+    "to_device",
+    "to_host",
+    "update",
+    "window",
+]
 
 
 def to_device(array: Array) -> Array:
@@ -68,6 +84,13 @@ def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, A
 def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     """Negative log-likelihood float64[N] and rank int32[N] of each target (`outputs`)."""
     return OUTPUTS[kind][1](H, W_out, y)
+
+
+def mixture(
+    H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
+) -> tuple[float, Array, Array, Mixture]:
+    """Loss of N cells in nats, dH [N, D], dW_out [I, D] and the other gradients (`outputs`)."""
+    return mixture_loss(H, W_out, mixture, cells, past, memory)
 
 
 def take_rows(table: Array, index: Array) -> Array:

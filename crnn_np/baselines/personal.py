@@ -30,6 +30,8 @@ import numba
 import numpy as np
 
 from ..data import EventLog
+from ..history import Counts, count
+from ..tallies import novelty
 from . import Baseline, Targets, targets, validation_parts
 
 Array = np.ndarray
@@ -40,7 +42,6 @@ TRIGRAM = HALF_LIVES.size + MATCH_HALF_LIVES.size
 BIGRAM, UNIGRAM, UNIFORM = TRIGRAM + 1, TRIGRAM + 2, TRIGRAM + 3  # the others'
 K = UNIFORM + 1
 
-NOVELTY_HALF_LIFE = 20.0  # events
 NOVELTY = np.array([0.02, 0.06, 0.12, 0.2, 0.35, 0.5])  # bounds of the buckets
 CONTEXT = np.array([1, 2, 3, 6, 11, 21, 51])
 
@@ -73,17 +74,17 @@ class Personal(Baseline):
     def _fit(self, train: EventLog, validation: EventLog | None) -> "Personal.Learned":
         part, validation, whole = validation_parts(train, validation)
         walk = _walk(targets(part, validation))
-        found = _distributions(walk, part.indptr, part.items, _others(part))
+        found = _distributions(walk, count(part))
         weights = learn_weights(*found, walk.user)
         return self.Learned(whole.indptr, whole.items, np.array([train.n_items]), weights)
 
     def _score(self, events: Targets) -> tuple[Array, Array]:
         indptr, items, n_items, weights = self.learned
-        others = _others(events.log._replace(indptr=indptr, items=items))
+        others = count(events.log._replace(indptr=indptr, items=items))
         walk = _walk(events)
-        mass, total, bucket = _distributions(walk, indptr, items, others)
+        mass, total, bucket = _distributions(walk, others)
         p, factors = _mix(mass, total, weights.reshape(-1, K)[bucket], walk.user)
-        rank = _ranks(*walk, indptr, items, *others, factors)
+        rank = _ranks(*walk, *others, factors)
         return -np.log(p[walk.target]), rank
 
 
@@ -111,40 +112,13 @@ def _walk(events: Targets) -> Walk:
     return Walk(np.repeat(users, n), at, at >= np.repeat(first, n), log.indptr, log.items)
 
 
-class Others(NamedTuple):
-    """How often each item occurs, and follows each other item, in all training parts.
-
-    begin int64[I + 1], follower int64[P], count int64[P]: rows of the items that follow one;
-    unigram int64[I].
-    """
-
-    begin: Array
-    follower: Array
-    count: Array
-    unigram: Array
-
-
-def _others(log: EventLog) -> Others:
-    n_items = log.n_items
-    follows = np.ones(log.n_events, bool)
-    follows[log.indptr[:-1][log.lengths > 0]] = False
-    at = np.flatnonzero(follows)
-    keys, count = np.unique(
-        log.items[at - 1] * np.int64(n_items) + log.items[at], return_counts=True
-    )
-    begin = np.searchsorted(keys, np.arange(n_items + 1) * n_items)
-    return Others(begin, keys % n_items, count, np.bincount(log.items, minlength=n_items))
-
-
-def _distributions(
-    walk: Walk, own_indptr: Array, own_items: Array, others: Others
-) -> tuple[Array, Array, Array]:
+def _distributions(walk: Walk, others: Counts) -> tuple[Array, Array, Array]:
     """What each distribution says of each event, and the event's bucket.
 
     Parameters
     ----------
-    own_indptr, own_items : int64[U + 1], int32[E]
-        The training part that `others` counts, to take each user's own events out.
+    others : Counts
+        Of the training part, each user's own events to be taken out.
 
     Returns
     -------
@@ -154,9 +128,9 @@ def _distributions(
     """
     mass, total = np.empty((2, walk.at.size, K))
     seen = np.empty(walk.at.size, np.int64)
-    _masses(*walk, own_indptr, own_items, *others, mass, total, seen)
-    novelty = _novelty(walk.indptr, walk.items, others.unigram.size)[walk.at]
-    row = np.searchsorted(NOVELTY, novelty, side="right")
+    _masses(*walk, *others, mass, total, seen)
+    rate = novelty(walk.indptr, walk.items, others.unigram.size)[walk.at]
+    row = np.searchsorted(NOVELTY, rate, side="right")
     return mass, total, row * (CONTEXT.size + 1) + np.searchsorted(CONTEXT, seen, side="right")
 
 
@@ -244,12 +218,12 @@ def _masses(
     target,
     indptr,
     items,
-    own_indptr,
-    own_items,
     begin,
     follower,
     count,
     unigram,
+    own_indptr,
+    own_items,
     mass,
     total,
     seen,
@@ -286,23 +260,6 @@ def _masses(
 
 
 @numba.njit(cache=True)
-def _novelty(indptr, items, n_items):
-    """float64[E]: before each event, the share of new items among the user's recent ones."""
-    rate = np.empty(items.size)
-    decay = np.exp2(-1 / NOVELTY_HALF_LIFE)
-    known_to = np.full(n_items, -1)
-    for u in range(indptr.size - 1):
-        new, events = 1.0, 2.0
-        for n in range(indptr[u], indptr[u + 1]):
-            rate[n] = new / events
-            new, events = new * decay, events * decay + 1
-            if known_to[items[n]] != u:
-                known_to[items[n]] = u
-                new += 1
-    return rate
-
-
-@numba.njit(cache=True)
 def _mix(mass, total, weights, user):
     """p(y) float64[N], and w_k / total_k float64[N, K]; 0 where there is no context.
 
@@ -330,7 +287,7 @@ def _mix(mass, total, weights, user):
 
 @numba.njit(cache=True)
 def _ranks(
-    user, at, target, indptr, items, own_indptr, own_items, begin, follower, count, unigram, factors
+    user, at, target, indptr, items, begin, follower, count, unigram, own_indptr, own_items, factors
 ):
     """int64 rank of each target among all items, from the mixture over all of them."""
     rank = np.empty(target.sum(), np.int64)
