@@ -72,7 +72,7 @@ class Past(NamedTuple):
     """A log with what was counted before each of its events.
 
     indptr int64[U + 1], items int32[E]; features float32[E, F] after each event; experts
-    float32[E, 2], the other users' bigram and unigram of the event that follows (1 at the end of a
+    float64[E, 2], the other users' bigram and unigram of the event that follows (1 at the end of a
     sequence); counts, as `Counts`.
     """
 

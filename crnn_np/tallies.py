@@ -18,7 +18,7 @@ def past(log: EventLog, counts: Counts) -> Past:
         Of the same users and items as `counts`; longer than what was counted, or as long.
     """
     features = np.zeros((log.n_events, len(FEATURES)), np.float32)
-    experts = np.ones((log.n_events, 2), np.float32)
+    experts = np.ones((log.n_events, 2))
     _features(log.indptr, log.items, counts.unigram, features)
     _experts(log.indptr, log.items, *counts, experts)
     return Past(log.indptr, log.items, features, experts, counts)
@@ -96,7 +96,7 @@ def _features(indptr, items, unigram, features):
 
 @numba.njit(cache=True)
 def _experts(indptr, items, begin, follower, count, unigram, own_indptr, own_items, experts):
-    """Fill `Past.experts`, float32[E, 2]; the arguments from begin on are `history.Counts`."""
+    """Fill `Past.experts`, float64[E, 2]; the arguments from begin on are `history.Counts`."""
     total = np.zeros(unigram.size, np.int64)
     for x in range(unigram.size):
         for q in range(begin[x], begin[x + 1]):
