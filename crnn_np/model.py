@@ -193,6 +193,13 @@ def shapes(spec: Spec, n_users: int, n_items: int) -> dict[str, tuple[int, ...]]
     return blocks
 
 
+def blank(spec: Spec, n_users: int, n_items: int) -> Params | MixtureParams:
+    """Parameters that are 0."""
+    kind = MixtureParams if spec.output == "mixture" else Params
+    blocks = shapes(spec, n_users, n_items).values()
+    return kind(*(np.zeros(shape, spec.dtype) for shape in blocks))
+
+
 def initialise(spec: Spec, n_users: int, n_items: int, seed: int) -> Params | MixtureParams:
     """Parameters drawn from N(0, 1/D) (Section 2.3); each block has a stream of its own.
 
