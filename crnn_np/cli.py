@@ -571,40 +571,38 @@ def explain(model, user, top, plot):
 
 
 def _explanation(found, top, n_items) -> str:
-    """The three tables of an explanation, the second and third with a last row for all others."""
+    """The tables of an explanation; what is not listed is summed up in a last row."""
 
-    def row(name, *cells, values):
-        return [" ".join(name.split()), *cells, *(f"{value:.4f}" for value in values)]
+    def row(cells, values):
+        return [" ".join(str(cell).split()) for cell in cells] + [f"{v:.4f}" for v in values]
 
     shares = [("expert", "share")]
-    shares += [row(*pair, values=[g]) for *pair, g in zip(found.experts, found.shares, strict=True)]
+    shares += [row([name], [g]) for name, g in zip(found.experts, found.shares, strict=True)]
 
     items = [("next item", "p", *found.experts)]
     values = np.column_stack([found.p, found.parts])
-    items += [row(item, values=v) for item, v in zip(found.items, values, strict=True)]
-    if others := n_items - len(found.items):
-        left = np.append(1.0, found.shares) - values.sum(axis=0)
-        items.append(row(f"{others:,} others", values=abs(left)))
+    items += [row([item], v) for item, v in zip(found.items, values, strict=True)]
+    if n_items > len(values):
+        rest = np.append(1.0, found.shares) - values.sum(axis=0)
+        items.append(row([f"{n_items - len(values):,} others"], rest.clip(0)))
 
-    timed = found.past_times is not None
+    times = [] if found.past_times is None else [_time(t) for t in found.past_times]
+    when = ["time (UTC)"] if times else []
     pointers = found.experts[-found.weights.shape[1] :]
-    past = [("past event", "lag", *["time (UTC)"] * timed, "match", "weight", *pointers)]
+    past = [("past event", "lag", *when, "match", "weight", *pointers)]
     values = np.column_stack([found.weights.sum(axis=1), found.weights])
     largest = np.argsort(-values[:, 0], kind="stable")
     for s in largest[:top]:
-        cells = [int(s) + 1, MATCHED[found.match[s]]]
-        if timed:
-            cells.insert(1, _time(found.past_times[s]))
-        past.append(row(found.past_items[s], *cells, values=values[s]))
-    if others := len(largest) - top:
-        if others > 0:
-            blank = [""] * (2 + timed)
-            left = values[largest[top:]].sum(axis=0)
-            past.append(row(f"{others:,} others", *blank, values=left))
+        cells = [found.past_items[s], s + 1, *times[s : s + 1], MATCHED[found.match[s]]]
+        past.append(row(cells, values[s]))
+    if len(values) > top:
+        blank = [""] * (len(when) + 2)
+        rest = values[largest[top:]].sum(axis=0)
+        past.append(row([f"{len(values) - top:,} others", *blank], rest))
 
-    last = f" at {_time(found.past_times[0])} UTC" if timed else ""
-    first = f"User {found.user}: the event after {found.past_items[0]}{last}"
-    return "\n\n".join([first, *map(_align, (shares, items, past))])
+    last = f" at {times[0]} UTC" if times else ""
+    head = " ".join(f"User {found.user}: the event after {found.past_items[0]}{last}".split())
+    return "\n\n".join([head, *map(_align, (shares, items, past))])
 
 
 def _time(seconds) -> str:

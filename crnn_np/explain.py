@@ -26,7 +26,7 @@ NEEDED = "explain needs a model with output 'mixture'; train one with --preset m
 
 # Told apart by every kind of eye; the pointers are shades of purple, the faster ones lighter.
 COLORS = ("#0072B2", "#E69F00", "#009E73")
-MATCH_COLORS = ("#AAAAAA", "#56B4E9", "#E69F00", "#D55E00", "#000000")
+MATCH_COLORS = ("#AAAAAA", "#FEC44F", "#EC7014", "#B03A02", "#4D1A03")
 MATCH_MARKS = "ovs^D"
 STYLE = {
     "font.size": 9,
@@ -118,7 +118,8 @@ def explain(
 
     own = slice(first, end)
     times = None if log.times is None else log.times[own]
-    alone = log._replace(indptr=log.indptr.clip(first, end) - first, items=log.items[own])
+    items = np.pad(log.items[own], (0, 2))  # `recall` looks at three, whatever there is
+    alone = log._replace(indptr=log.indptr.clip(first, end) - first, items=items)
     H = _replay(backend, replace(spec, dropout_in=0.0, dropout_out=0.0), params, alone)
     past = read_past(spec, alone, log)
     cells = Cells(np.zeros(1, np.int32), np.array([u], np.int32), alone.indptr[u + 1 : u + 2] - 1)
@@ -188,6 +189,7 @@ def picture(found: Explanation, path: str | os.PathLike) -> None:
         figure.suptitle(
             f"Next event of user {shorten(found.user)}, after {shorten(found.past_items[0])}",
             parse_math=False,
+            fontsize=10,
         )
         _draw_bars(shares, found.experts, found.shares[:, None] * np.eye(len(colors)), colors)
         shares.set_title("share of each expert", loc="left")
@@ -212,9 +214,7 @@ def _draw_bars(axes: Any, names: tuple[str, ...] | list[str], parts: Array, colo
         axes.barh(y, part, 0.66, left=left, color=color)
         left += part
     for at, total in zip(y, left, strict=True):
-        axes.annotate(
-            f"{total:.3f}", (total, at), (4, 0), textcoords="offset points", va="center"
-        )
+        axes.annotate(f"{total:.3f}", (total, at), (4, 0), textcoords="offset points", va="center")
     axes.set_yticks(y, names, parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -223,27 +223,31 @@ def _draw_bars(axes: Any, names: tuple[str, ...] | list[str], parts: Array, colo
 
 def _draw_past(axes: Any, found: Explanation) -> None:
     """The pointers' weight of each past event against its lag, coloured by match."""
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     weight = found.weights.sum(axis=1)
     lag = np.arange(1, weight.size + 1)
     for kind, name in enumerate(MATCHED):
         of = found.match == kind
         if of.any():
-            color = MATCH_COLORS[kind]
-            axes.vlines(lag[of], 0, weight[of], color=color, linewidth=0.8)
             axes.plot(
-                lag[of], weight[of], MATCH_MARKS[kind], color=color, markersize=3.5 + 0.4 * kind,
-                label=name,
+                lag[of], weight[of], MATCH_MARKS[kind], color=MATCH_COLORS[kind], label=name,
+                markersize=3 + kind / 2, markeredgewidth=0,
             )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlim(0.8, 1.25 * weight.size)
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, *10 ** np.arange(3, 6)) if t <= lag[-1]]
+    ticks = [
+        t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, *10 ** np.arange(3, 6)) if t <= lag[-1]
+    ]
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(bottom=0)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yscale("log")
+    axes.set_ylim(max(weight.min(), weight.max() / 1e5) / 2, 2 * weight.max())
     axes.set_xlabel("lag (events)")
     axes.set_ylabel("weight in the mixture")
-    axes.set_title("past events that the pointers used, by the match of context", loc="left")
-    axes.legend()
+    axes.set_title("past events, by match of context", loc="left")
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(MATCHED), borderaxespad=0.2,
+        columnspacing=1, handletextpad=0.1,
+    )  # fmt: skip
