@@ -541,7 +541,7 @@ def evaluate(model, directory, as_json, per_user, n):
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Picture to write; .png, .svg or .pdf.",
+    help="Picture to write, with 40 of the items at most; .png, .svg or .pdf.",
 )
 def explain(model, user, top, plot):
     """What the model file MODEL expects of a user's next event, and where from.

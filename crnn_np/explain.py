@@ -28,6 +28,7 @@ NEEDED = "explain needs a model with output 'mixture'; train one with --preset m
 COLORS = ("#0072B2", "#E69F00", "#009E73")
 MATCH_COLORS = ("#AAAAAA", "#FEC44F", "#EC7014", "#B03A02", "#4D1A03")
 MATCH_MARKS = "ovs^D"
+DRAWN = 40  # items at most in the picture
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -167,7 +168,7 @@ def shorten(text: str, width: int = 24) -> str:
 
 
 def picture(found: Explanation, path: str | os.PathLike) -> None:
-    """Draw shares, items and past events, to a file of any format of matplotlib.
+    """Draw shares, the first 40 items and past events, to a file of any format of matplotlib.
 
     Raises
     ------
@@ -179,7 +180,8 @@ def picture(found: Explanation, path: str | os.PathLike) -> None:
 
     shades = matplotlib.colormaps["RdPu"](np.linspace(0.45, 1, found.weights.shape[1]))
     colors = [*COLORS, *shades]
-    heights = [0.24 * len(found.shares) + 0.5, 0.24 * len(found.items) + 0.5, 2.4]
+    names = [shorten(name) for name in found.items[:DRAWN]]
+    heights = [0.24 * len(found.shares) + 0.5, 0.24 * len(names) + 0.5, 2.4]
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -193,8 +195,7 @@ def picture(found: Explanation, path: str | os.PathLike) -> None:
         )
         _draw_bars(shares, found.experts, found.shares[:, None] * np.eye(len(colors)), colors)
         shares.set_title("share of each expert", loc="left")
-        names = [shorten(name) for name in found.items]
-        _draw_bars(items, names, found.parts, colors)
+        _draw_bars(items, names, found.parts[:DRAWN], colors)
         items.set_title("most probable next items; colours as above", loc="left")
         items.set_xlabel("probability")
         _draw_past(past, found)
@@ -246,7 +247,7 @@ def _draw_past(axes: Any, found: Explanation) -> None:
     axes.set_ylim(max(weight.min(), weight.max() / 1e5) / 2, 2 * weight.max())
     axes.set_xlabel("lag (events)")
     axes.set_ylabel("weight in the mixture")
-    axes.set_title("past events, by match of context", loc="left")
+    axes.set_title("past events by match", loc="left")
     axes.legend(
         loc="lower right", bbox_to_anchor=(1, 1), ncols=len(MATCHED), borderaxespad=0.2,
         columnspacing=1, handletextpad=0.1,

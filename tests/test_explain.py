@@ -93,6 +93,15 @@ def test_everything_adds_up(model, user):
         np.testing.assert_allclose(found.weights[there].sum(axis=0), parts[3:], atol=1e-15)
 
 
+def test_backends_agree(model):
+    other = CollaborativeRNN(**model.get_params() | {"backend": "numba"})
+    vars(other).update(vars(model) | {"backend": "numba"})
+    for user in USERS:
+        one, two = model.explain(user), other.explain(user)
+        np.testing.assert_array_equal(one.items, two.items)
+        np.testing.assert_allclose(one.parts, two.parts, rtol=1e-9)
+
+
 def test_fewer_items_are_the_first_ones(model):
     every, some = model.explain("ann", N_ITEMS), model.explain("ann", 4)
     assert len(model.explain("ann", 1000).items) == N_ITEMS
@@ -326,6 +335,16 @@ def test_pictures(model_file, tmp_path, suffix, start):
         assert result.output.endswith(f"Picture: {path}\n")
         assert path.read_bytes().startswith(start)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_picture_of_many_items(tmp_path):
+    """It stays within what matplotlib can draw, and ids that no font has give no warning."""
+    ids = np.array([f"アーティスト {n}" for n in range(3000)], object)
+    log = from_sequences(SEQUENCES, 3000)._replace(item_ids=ids)
+    found = small().fit(log).explain("0", 3000)
+    explain.picture(found, tmp_path / "p.png")
+    assert len(found.items) == 3000
+    assert (tmp_path / "p.png").stat().st_size < 1e6
 
 
 def test_shorten():
