@@ -282,7 +282,8 @@ def test_the_loss_from_nothing_but_the_sequences(problem):
         p, shares = full(problem, n, known_features(problem, n))
         loss -= np.log(mixture_oracle.mixed(shares, p)[y])
     for name in NAMES:
-        assert_close(gradients(name, problem.arguments)[0], loss, 10 * ROUNDED)
+        found, _ = gradients(name, problem.arguments)
+        assert found == pytest.approx(loss, rel=1e-5, abs=1e-5)
 
 
 @every_backend
@@ -361,7 +362,7 @@ def test_scores_are_the_oracles(name, problem):
     for n, y in enumerate(problem.cells.y):
         p, shares = full(problem, n)
         every = mixture_oracle.mixed(shares, p)
-        assert_close(nll[n], -np.log(every[y]), ROUNDED, "nll")
+        assert nll[n] == pytest.approx(-np.log(every[y]), rel=ROUNDED, abs=ROUNDED)
         assert mixture_oracle.rank(every, y, -1e-7) <= rank[n]
         assert rank[n] <= mixture_oracle.rank(every, y, 3e-6)
 
@@ -373,7 +374,7 @@ def test_scores_in_single_precision(name, problem):
     nll, rank = backends.get(name).mixture_score(*problem.single())
     for n, y in enumerate(problem.cells.y):
         every = mixture_oracle.mixed(*full(problem, n)[::-1])
-        assert_close(nll[n], -np.log(every[y]), SINGLE, "nll")
+        assert nll[n] == pytest.approx(-np.log(every[y]), rel=SINGLE, abs=SINGLE)
         assert mixture_oracle.rank(every, y, -SINGLE) <= rank[n]
         assert rank[n] <= mixture_oracle.rank(every, y, 2 * SINGLE)
 
@@ -416,7 +417,7 @@ def test_probabilities_of_all_items_sum_to_one(name, problem):
         one = with_target(problem, 0, item)
         loss, _ = gradients(name, one.arguments)
         nll, rank = backends.get(name).mixture_score(*one.arguments)
-        assert_close(nll[0], loss, ROUNDED)
+        assert nll[0] == pytest.approx(loss, rel=ROUNDED, abs=ROUNDED)
         total += np.exp(-loss)
         every.append(np.exp(-nll[0]))
         ranks.append(int(rank[0]))
@@ -657,7 +658,7 @@ def test_evaluation_is_the_oracle_event_by_event(name, events):
             every = mixture_oracle.mixed(shares, p)
             wanted.append(-np.log(every[items[t + 1]]))
             places.append(mixture_oracle.rank(every, items[t + 1], 1e-6))
-    assert_close(nll, np.array(wanted), 10 * ROUNDED)
+    np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=1e-5)
     assert rank.tolist() == places
 
 
