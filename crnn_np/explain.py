@@ -119,8 +119,7 @@ def explain(
 
     own = slice(first, end)
     times = None if log.times is None else log.times[own]
-    items = np.pad(log.items[own], (0, 2))  # `recall` looks at three, whatever there is
-    alone = log._replace(indptr=log.indptr.clip(first, end) - first, items=items)
+    alone = log._replace(indptr=log.indptr.clip(first, end) - first, items=log.items[own])
     H = _replay(backend, replace(spec, dropout_in=0.0, dropout_out=0.0), params, alone)
     past = read_past(spec, alone, log)
     cells = Cells(np.zeros(1, np.int32), np.array([u], np.int32), alone.indptr[u + 1 : u + 2] - 1)

@@ -10,6 +10,7 @@ from crnn_np.cli import main
 from crnn_np.data import concatenate, cut_tail, from_sequences
 from crnn_np.errors import ModelError, SettingsError
 from crnn_np.estimator import CollaborativeRNN
+from crnn_np.outputs import lag_buckets
 
 RNG = np.random.default_rng(0)
 N_ITEMS, MEMORY, POINTERS = 9, 16, 3
@@ -127,7 +128,7 @@ def test_the_past_recomputed(model, u):
     """Plain loops over the sequence, from the equations at the top of outputs.py."""
     found, sequence = model.explain(USERS[u]), SEQUENCES[u]
     n, reach = len(sequence), min(len(SEQUENCES[u]), MEMORY)
-    edges = sorted({int(2 * np.log2(s)) for s in range(1, MEMORY + 1)})
+    buckets = lag_buckets(MEMORY)
     wanted = {"items": [], "times": [], "match": [], "scores": []}
     for s in range(1, reach + 1):
         at = n - s
@@ -141,7 +142,7 @@ def test_the_past_recomputed(model, u):
         wanted["items"].append(ITEMS[sequence[at]])
         wanted["times"].append(TIMED.times[TIMED.indptr[u] + at])
         wanted["match"].append(match)
-        tau = model.params.tau[:, edges.index(int(2 * np.log2(s))), match]
+        tau = model.params.tau[:, buckets[s - 1], match]
         nu = model.params.nu[u]
         wanted["scores"].append(tau + nu[:, match] + nu[:, -1] * np.log(s) / 4)
     alpha = np.exp(wanted["scores"])
