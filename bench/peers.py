@@ -11,6 +11,8 @@ sequences of a prepared data set DIR.
 Each contender is a process of its own, which waits while another runs; rounds alternate and ratios
 are taken round by round. `torch_peers.py` has the peers.
 
+"crnn_np, output mixture" is the same network with the output layer of preset `mixture`.
+
 For DIR there is a second table: our rate at the windows of an epoch as they come, short ones
 included and with dropout, beside the rate at full windows; events without a target do not count.
 """
@@ -35,7 +37,8 @@ from crnn_np.windows import Slice, epoch_slices
 SHAPES = {"Brightkite": (1679, 23243, 32), "Last.fm": (954, 48188, 128)}
 BATCHES = {"1 x 128": "paper", "20 x 64": "authors"}
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-OURS, EAGER, FLOOR = "crnn_np", "PyTorch eager", "best product"
+OURS, MIXTURE = "crnn_np", "crnn_np, output mixture"
+EAGER, FLOOR = "PyTorch eager", "best product"
 PEERS = {  # name: (class of torch_peers, environment)
     EAGER: ("Eager", {}),
     "PyTorch by hand, tuned malloc": ("ByHand", TUNED),
@@ -82,13 +85,19 @@ def torch_windows(log, run: Slice) -> Iterator:
 
 def case_of(spec: dict):
     """Log, settings and D of a case."""
+    output = "mixture" if spec["name"] == MIXTURE else "softmax"
     settings = crnn_np.resolve(
-        spec["preset"], hidden_size=spec["D"], candidate="tanh", dropout_in=0.0, dropout_out=0.0
+        spec["preset"],
+        hidden_size=spec["D"],
+        candidate="tanh",
+        output=output,
+        dropout_in=0.0,
+        dropout_out=0.0,
     )
     if spec["directory"]:
         return crnn_np.load(spec["directory"]).train, settings
     users, items, _ = SHAPES[spec["shape"]]
-    return zipf_log(users, items, 260), settings
+    return zipf_log(users, items, 1024), settings
 
 
 # ---------------------------------------------------------------- contenders, each in a process
@@ -110,9 +119,10 @@ def ours(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
 
 def trainer(log, settings) -> Callable[[Slice], tuple[float, float]]:
     """A function that trains on windows and tells their events and seconds."""
-    from crnn_np import backends, model
+    from crnn_np import backends, evaluation, model
 
     spec, rule, plan = settings
+    past = evaluation.read_past(spec, log)
     backend = backends.get("numba")
     params = model.initialise(spec, log.n_users, log.n_items, 0)
     acc = model.new_accumulators(params)
@@ -121,7 +131,7 @@ def trainer(log, settings) -> Callable[[Slice], tuple[float, float]]:
 
     def train(run: Slice) -> tuple[float, float]:
         began = time.perf_counter()
-        _, events = backend.train_run(spec, rule, plan.scale, params, acc, s, log, run, work)
+        _, events = backend.train_run(spec, rule, plan.scale, params, acc, s, log, run, work, past)
         return events, time.perf_counter() - began
 
     return train
@@ -210,7 +220,7 @@ def work(spec: dict) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    makers = {OURS: ours, FLOOR: floor, "ragged": ragged}
+    makers = {OURS: ours, MIXTURE: ours, FLOOR: floor, "ragged": ragged}
     try:
         run = makers.get(spec["name"], peer)(spec, spec["seconds"])
         say(ready=True)
@@ -370,7 +380,7 @@ def main(directory, D: int, quick: bool, rounds: int, threads: int, json_file, w
             title = f"{shape} {batch} ({users:,} users, {items:,} items, D = {size})"
             spec = common | {"title": title, "shape": shape, "preset": preset, "D": size}
             spec["operations"] = 6 * size * items
-            rows.append(compare(spec, [OURS, *PEERS, FLOOR], rounds))
+            rows.append(compare(spec, [OURS, MIXTURE, *PEERS, FLOOR], rounds))
             show(rows[-1])
             if directory:
                 row = compare(spec | {"title": f"{shape} {batch}"}, ["ragged"], rounds)

@@ -101,7 +101,7 @@ OUTPUTS = {"softmax": (softmax_loss, softmax_score)}
 
 
 def lag_buckets(memory: int) -> Array:
-    """int64[memory]: bucket of the lags 1, 2, ...; two for each doubling, none for the last alone."""
+    """int64[memory]: bucket of the lags 1, 2, ...; two a doubling, and none for the last alone."""
     lag = np.arange(1, memory + 1)
     lag[2:] = np.minimum(lag[2:], memory - 1)
     _, bucket = np.unique(np.floor(2 * np.log2(lag)), return_inverse=True)

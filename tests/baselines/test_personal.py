@@ -51,7 +51,7 @@ def distributions(history, own, others, n_items):
 
 def novelty(history):
     new, events, known = 1.0, 2.0, set()
-    decay = 2 ** (-1 / personal.NOVELTY_HALF_LIFE)
+    decay = 2 ** (-1 / tallies.NOVELTY_HALF_LIFE)
     for x in history:
         new, events = new * decay + (x not in known), events * decay + 1
         known.add(x)
