@@ -38,7 +38,9 @@ STATE = {"W_h", "W_in", "ds0", "dA"}  # what the gradient of h goes on to
 POINTER, GATE = {"tau", "nu"}, {"gate_in", "gate_out", "gate_user"}
 MUTATIONS = {
     "the pointer's target term dropped": (" - hit * pull)", ")", POINTER),
-    "the pointer's target term with the wrong share": ("(g / total)[", "(np.sqrt(g) / total)[", POINTER),
+    "the pointer's target term with the wrong share": (
+        "(g / total)[", "(np.sqrt(g) / total)[", POINTER,
+    ),
     "the pointer's share in all of it dropped": (
         "alpha * (r[:, STATIC:].T[:, :, None] - hit * pull)", "alpha * (0 - hit * pull)", POINTER,
     ),
