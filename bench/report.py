@@ -183,7 +183,7 @@ def errors_table(of: DataSet, key: str) -> str:
     rows = []
     for model in models:
         cells = [NAMES[model], measured(of, model)]
-        if model == BEYOND:
+        if model in BEYOND:
             cells[0] += ' <small class="beyond">beyond the paper</small>'
         if model == lowest:
             cells[1] = f"<b>{cells[1]}</b>"

@@ -10,6 +10,7 @@ _HOMES = {
     "CrnnError": "errors",
     "DataError": "errors",
     "EventLog": "data",
+    "Explanation": "explain",
     "ModelError": "errors",
     "Params": "model",
     "Plan": "windows",

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import click
+import numpy as np
 
 from . import backends, data, datasets, methods, planning, presets, reading
-from .demo import demo
+from .demo import check_picture, demo
 from .errors import CrnnError, ModelError
 from .estimator import CollaborativeRNN
+from .explain import MATCHED, NEEDED, picture
 from .settings import help_texts
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -46,6 +48,7 @@ def main():
     crnn-np prepare raw/loc-brightkite_totalCheckins.txt.gz --like brightkite --out bk
     crnn-np train bk --preset authors --out bk.model
     crnn-np evaluate bk.model bk
+    crnn-np explain bk.model --user 241 --plot 241.png
     """
     logger = logging.getLogger("crnn_np")
     logger.setLevel(logging.INFO)
@@ -228,13 +231,18 @@ def _table(log, filtered, stats) -> str:
             note = "\nThese are the paper's counts."
         else:
             note = "\nNot the paper's counts: this is other data, or it was cut otherwise."
+    return _align(rows) + note
+
+
+def _align(rows) -> str:
+    """Rows as lines, the first column aligned left, the others right."""
     text = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     lines = []
     for name, *cells in text:
         aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
-    return "\n".join(lines) + note
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -518,6 +526,87 @@ def evaluate(model, directory, as_json, per_user, n):
         click.echo("\t".join(table))
         for row in zip(*table.values(), strict=True):
             click.echo("\t".join(map(str, row)))
+
+
+@main.command()
+@click.argument("model", type=click.Path())
+@click.option("--user", required=True, help="Id of the user, as in the raw log.")
+@click.option(
+    "--top",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of items, and of past events.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Picture to write, with 40 of the items at most; .png, .svg or .pdf.",
+)
+def explain(model, user, top, plot):
+    """What the model file MODEL expects of a user's next event, and where from.
+
+    \b
+    crnn-np explain bk.model --user 241
+    crnn-np explain bk.model --user 241 --top 5 --plot 241.png
+
+    For models with output "mixture". The next event is the one after all that the model was
+    trained on. Three tables: the share that the gate gives each expert; the most probable items,
+    with what each expert adds to their probability; the past events that the pointers used most,
+    with what each pointer adds to the probability of their items. The match says how much of what
+    came before a past event equals what comes before the next one: none, skip (the item two before
+    alone), one item, two or three.
+    """
+    if plot:
+        check_picture(plot)
+    fitted = methods.load(model)
+    if not isinstance(fitted, CollaborativeRNN):
+        raise ModelError(NEEDED)
+    found = fitted.explain(user, top)
+    if plot:
+        picture(found, plot)
+    click.echo(_explanation(found, top, len(fitted.params.W_in)))
+    if plot:
+        click.echo(f"\nPicture: {plot}")
+
+
+def _explanation(found, top, n_items) -> str:
+    """The tables of an explanation; what is not listed is summed up in a last row."""
+
+    def row(cells, values):
+        return [" ".join(str(cell).split()) for cell in cells] + [f"{v:.4f}" for v in values]
+
+    shares = [("expert", "share")]
+    shares += [row([name], [g]) for name, g in zip(found.experts, found.shares, strict=True)]
+
+    items = [("next item", "p", *found.experts)]
+    values = np.column_stack([found.p, found.parts])
+    items += [row([item], v) for item, v in zip(found.items, values, strict=True)]
+    if n_items > len(values):
+        rest = np.append(1.0, found.shares) - values.sum(axis=0)
+        items.append(row([f"{n_items - len(values):,} others"], rest.clip(0)))
+
+    times = [] if found.past_times is None else [_time(t) for t in found.past_times]
+    when = ["time (UTC)"] if times else []
+    pointers = found.experts[-found.weights.shape[1] :]
+    past = [("past event", "lag", *when, "match", "weight", *pointers)]
+    values = np.column_stack([found.weights.sum(axis=1), found.weights])
+    largest = np.argsort(-values[:, 0], kind="stable")
+    for s in largest[:top]:
+        cells = [found.past_items[s], s + 1, *times[s : s + 1], MATCHED[found.match[s]]]
+        past.append(row(cells, values[s]))
+    if len(values) > top:
+        blank = [""] * (len(when) + 2)
+        rest = values[largest[top:]].sum(axis=0)
+        past.append(row([f"{len(values) - top:,} others", *blank], rest))
+
+    last = f" at {times[0]} UTC" if times else ""
+    head = " ".join(f"User {found.user}: the event after {found.past_items[0]}{last}".split())
+    return "\n\n".join([head, *map(_align, (shares, items, past))])
+
+
+def _time(seconds) -> str:
+    return str(np.datetime64(int(seconds), "s")).replace("T", " ")
 
 
 main.add_command(demo)

@@ -153,7 +153,7 @@ def picture(results: list[Result], n_items: int, title: str, path: Path) -> None
     figure.savefig(path, dpi=150)
 
 
-def _check_picture(path: Path) -> None:
+def check_picture(path: Path) -> None:
     """Refuse before the work what could not be written after it."""
     from matplotlib.figure import Figure
 
@@ -202,7 +202,7 @@ def demo(out: Path, quick: bool) -> None:
     error that no model can go below is known: it is the generator's own. Takes a minute or two,
     the first time one more to compile.
     """
-    _check_picture(out)
+    check_picture(out)
     drawn = draw(events=(200, 400)) if quick else draw()
     train, heldout = drawn.split
     D = drawn.spec.hidden_size

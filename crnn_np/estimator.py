@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from . import backends, evaluation, model, planning, training
-from .data import EventLog
+from . import explain as explanation
+from .data import EventLog, concatenate
 from .errors import ModelError
 from .presets import Settings, resolve
 
@@ -67,6 +68,7 @@ class CollaborativeRNN:
         self.reports: list[training.Report] = []
         self._epoch = 0
         self._user_ids = self._item_ids = None
+        self._history: EventLog | None = None
 
     def __repr__(self) -> str:
         default = resolve(None).flat()
@@ -115,6 +117,8 @@ class CollaborativeRNN:
         self.params = self.accumulators = None
         self.reports, self._epoch = [], 0
         self._begin(train)
+        if validation is not None and self.settings.plan.patience:
+            self._keep(concatenate(train, validation))
         yield from self._follow(
             training.epochs(
                 *self.settings,
@@ -136,6 +140,11 @@ class CollaborativeRNN:
     def _begin(self, train: EventLog) -> None:
         self.fitted = self.settings
         self._user_ids, self._item_ids = train.user_ids, train.item_ids
+        self._keep(train)
+
+    def _keep(self, log: EventLog) -> None:
+        """Keep what `explain` and the model file need of the users."""
+        self._history = log if self.settings.spec.output == "mixture" else None
 
     def _follow(self, reports: Iterator[training.Report]) -> Iterator[training.Report]:
         for report in reports:
@@ -183,6 +192,7 @@ class CollaborativeRNN:
                 f"the model was fitted with {old} and can't go on with {spec}; call fit"
             )
         self.fitted = self.settings
+        self._keep(train)
         plan = replace(plan, epochs=1, patience=0)
         for _ in self._follow(
             training.epochs(
@@ -243,8 +253,40 @@ class CollaborativeRNN:
         """Minus the error of Eq. 3 in nats per event: larger is better."""
         return -self.evaluate(train, heldout)["nll"]
 
+    def explain(self, user: str, n: int = 10) -> explanation.Explanation:
+        """What a mixture expects of a user's next event, and where from (`explain.explain`).
+
+        The next event is the one after all that the model was fitted on.
+
+        Parameters
+        ----------
+        user : str
+            Original id.
+        n : int
+            Number of items.
+
+        Raises
+        ------
+        ModelError
+            The model is not fitted, is no mixture, or comes from a file without its users'
+            sequences; or there is no such user.
+        """
+        if self.params is None:
+            raise ModelError("the model is not fitted: call fit or load first")
+        if self.fitted.spec.output != "mixture":
+            raise ModelError(explanation.NEEDED)
+        if self._history is None:
+            raise ModelError(
+                "the model file has no sequences of its users: it was written before files had "
+                "them; train the model again"
+            )
+        backend = backends.get(self.backend)
+        return explanation.explain(backend, self.fitted.spec, self.params, self._history, user, n)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the model, its optimiser state, settings and ids to one safetensors file.
+
+        A mixture's file also holds the sequences that it was fitted on.
 
         Raises
         ------
@@ -255,7 +297,8 @@ class CollaborativeRNN:
             raise ModelError("the model is not fitted: there is nothing to save")
         settings = {"preset": None, "backend": self.backend, **self.fitted.flat()}
         settings["epochs_done"] = self._epoch
-        model.save(path, self.params, self.accumulators, settings, self._user_ids, self._item_ids)
+        ids = self._user_ids, self._item_ids
+        model.save(path, self.params, self.accumulators, settings, *ids, self._history)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CollaborativeRNN":
@@ -272,5 +315,6 @@ class CollaborativeRNN:
         loaded.fitted = loaded.settings
         loaded.params, loaded.accumulators = saved.params, saved.accumulators
         loaded._user_ids, loaded._item_ids = saved.user_ids, saved.item_ids
+        loaded._history = saved.history
         loaded._epoch = epochs_done
         return loaded

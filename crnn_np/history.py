@@ -46,7 +46,7 @@ new             1 where x was never there before
 repeats         share of events that repeat the one before, half-life 6.6 events
 bigram_hits     share of events that follow the one before as its last follower did, likewise
 depth           mean of log(lag) of items that were there before, likewise
-others_context  log(1 + how often x is in the training parts) / 4
+others_context  log(1 + how often x is in the other users' training parts) / 4
 distinct        log(1 + number of items so far) / 4
 repeat          1 where x repeats the item before it
 variety         log((1 + number of items) / (1 + t))
@@ -72,7 +72,7 @@ class Past(NamedTuple):
     """A log with what was counted before each of its events.
 
     indptr int64[U + 1], items int32[E]; features float32[E, F] after each event; experts
-    float32[E, 2], the other users' bigram and unigram of the event that follows (1 at the end of a
+    float64[E, 2], the other users' bigram and unigram of the event that follows (1 at the end of a
     sequence); counts, as `Counts`.
     """
 

@@ -1,4 +1,4 @@
-"""The models by the names that they have in the paper's tables and on the command line."""
+"""The models by the names that they have in the tables and on the command line."""
 
 import inspect
 import os
@@ -22,6 +22,7 @@ RNNS = {
     "p-gru": {"cell": "gru", "sharing": "pooled"},
     "c-tanh": {"cell": "tanh", "sharing": "collaborative"},
     "c-gru": {"cell": "gru", "sharing": "collaborative"},
+    "mixture": {"cell": "gru", "sharing": "collaborative", "output": "mixture"},
 }
 NAMES = (*BASELINES, *RNNS)
 

@@ -24,6 +24,7 @@ from .windows import INPUT, Window, dropout_keep
 Array = np.ndarray
 
 FORMAT = "crnn_np model 1"
+HISTORY = EventLog._fields[:3]  # what a file keeps of a history, beside the ids
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,13 @@ def shapes(spec: Spec, n_users: int, n_items: int) -> dict[str, tuple[int, ...]]
     return blocks
 
 
+def blank(spec: Spec, n_users: int, n_items: int) -> Params | MixtureParams:
+    """Parameters that are 0."""
+    kind = MixtureParams if spec.output == "mixture" else Params
+    blocks = shapes(spec, n_users, n_items).values()
+    return kind(*(np.zeros(shape, spec.dtype) for shape in blocks))
+
+
 def initialise(spec: Spec, n_users: int, n_items: int, seed: int) -> Params | MixtureParams:
     """Parameters drawn from N(0, 1/D) (Section 2.3); each block has a stream of its own.
 
@@ -305,10 +313,16 @@ def save(
     settings: dict[str, Any],
     user_ids: Array,
     item_ids: Array,
+    history: EventLog | None = None,
 ) -> None:
     """Write one safetensors file: parameters, accumulators, settings and original ids.
 
     It is written beside `path` and renamed, so that a file is never half written.
+
+    Parameters
+    ----------
+    history : EventLog, optional
+        Sequences to keep with the model, of the same users and items.
 
     Raises
     ------
@@ -322,6 +336,9 @@ def save(
         arrays |= {f"accumulators.{k}": v for k, v in acc._asdict().items()}
     for name, ids in (("user_ids", user_ids), ("item_ids", item_ids)):
         arrays[f"{name}.utf8"], arrays[f"{name}.ends"] = _pack(ids)
+    if history is not None:
+        kept = zip(HISTORY, history, strict=False)
+        arrays |= {f"history.{k}": v for k, v in kept if v is not None}
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     metadata = {"format": FORMAT, "settings": json.dumps(settings, sort_keys=True)}
@@ -344,6 +361,7 @@ class Saved(NamedTuple):
     settings: dict[str, Any]
     user_ids: Array
     item_ids: Array
+    history: EventLog | None = None
 
 
 def _read(path: str | os.PathLike, arrays: bool = True) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -403,10 +421,14 @@ def load(path: str | os.PathLike, kind: type = Params) -> Saved:
         if "accumulators.step" in arrays:
             state = MixtureAccumulators if mixture else Accumulators
             acc = state(*(arrays[f"accumulators.{k}"] for k in state._fields))
-        ids = (
+        ids = [
             _unpack(arrays[f"{name}.utf8"], arrays[f"{name}.ends"])
             for name in ("user_ids", "item_ids")
-        )
-        return Saved(params, acc, settings, *ids)
+        ]
+        history = None
+        if "history.indptr" in arrays:
+            times = arrays.get("history.times")
+            history = EventLog(arrays["history.indptr"], arrays["history.items"], times, *ids)
+        return Saved(params, acc, settings, *ids, history)
     except KeyError as error:
         raise ModelError(f"{path}: the model file has no {error}") from error

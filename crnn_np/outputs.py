@@ -101,8 +101,10 @@ OUTPUTS = {"softmax": (softmax_loss, softmax_score)}
 
 
 def lag_buckets(memory: int) -> Array:
-    """int64[memory]: bucket of the lags 1, 2, ...; two buckets for each doubling."""
-    _, bucket = np.unique(np.floor(2 * np.log2(np.arange(1, memory + 1))), return_inverse=True)
+    """int64[memory]: bucket of the lags 1, 2, ...; two for each doubling, none for the last alone."""
+    lag = np.arange(1, memory + 1)
+    lag[2:] = np.minimum(lag[2:], memory - 1)
+    _, bucket = np.unique(np.floor(2 * np.log2(lag)), return_inverse=True)
     return bucket.astype(np.int64)
 
 
@@ -151,7 +153,9 @@ def recall(past: Past, cells: Cells, memory: int) -> tuple[Array, Array, Array]:
 
     def same(back: int) -> Array:
         inside = (s - back >= first) & (at - back + 1 >= first)
-        return inside & (past.items[np.maximum(s - back, 0)] == past.items[at - back + 1])
+        return inside & (
+            past.items[np.maximum(s - back, 0)] == past.items[np.maximum(at - back + 1, 0)]
+        )
 
     one, two, three = same(1), same(2), same(3)
     match = np.where(one, 2 + two + (two & three), two)
@@ -225,8 +229,11 @@ def mixture_loss(
     for k, d in enumerate(dscores):
         np.add.at(dnu[:, k], (n[:, None], match), d)
         dnu[:, k, -1] = d @ ramps(memory)
-    dmixture = Mixture(dtau, dnu, given.T @ dhidden, hidden.T @ dgate, dgate)
-    return loss, dlogits @ W_out + dgiven[:, -H.shape[1] :], dlogits.T @ H, dmixture
+    dH = dlogits @ W_out + dgiven[:, -H.shape[1] :]
+    grads = (dH, dlogits.T @ H, dtau, dnu, given.T @ dhidden, hidden.T @ dgate, dgate)
+    dtype = np.result_type(H, W_out, *mixture)
+    dH, dW_out, *own = (grad.astype(dtype, copy=False) for grad in grads)
+    return loss, dH, dW_out, Mixture(*own)
 
 
 def mixture_distributions(

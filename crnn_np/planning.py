@@ -15,8 +15,8 @@ import numpy as np
 from . import backends
 from .data import EventLog, concatenate, cut_tail, from_sequences
 from .errors import SettingsError
-from .evaluation import evaluate
-from .model import Accumulators, Params, Spec, initialise, new_accumulators, shapes
+from .evaluation import evaluate, read_past
+from .model import Accumulators, Params, Spec, blank, initialise, new_accumulators, shapes
 from .optim import Rule
 from .training import train_run, validation_split, workspace
 from .windows import Plan, epoch_slices
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
     events : int
         Events that are predicted in an epoch.
     parameters : int
-        Numbers in W_h, W_in and W_out.
+        Numbers in all blocks of parameters.
     bytes : int
         Largest resident memory of this process, all of it, if it makes the run.
     seconds_per_epoch : float
@@ -120,11 +120,12 @@ def _rehearse(
         if plan.patience:
             part, validation, _ = validation_split(plan, log, validation)
         held.append(epoch_slices(plan, part.lengths, 1))
-        blocks = shapes(spec, users, log.n_items).values()
-        params = Params(*(np.zeros(shape, spec.dtype) for shape in blocks))
+        held.append(read_past(spec, part))
+        params = blank(spec, users, log.n_items)
         acc = new_accumulators(params)
         s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
-        train_run(module, spec, rule, plan.scale, params, acc, s, few, first, held[0])
+        past = read_past(spec, few)
+        train_run(module, spec, rule, plan.scale, params, acc, s, few, first, held[0], past)
         if plan.patience:
             held.append(concatenate(part, validation))
             evaluate(module, spec, params, *cut_tail(few, np.clip(few.lengths - 1, 0, 8)))
@@ -213,14 +214,14 @@ def sample_epoch(
     n_windows = run.key.size
     if not n_windows:
         return 0.0, 0.0
-    work = workspace(module, spec, plan, log)
+    work, past = workspace(module, spec, plan, log), read_past(spec, log)
     s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
     events = np.clip(log.lengths[run.user] - 1 - run.start, 0, run.length).sum(axis=1)
 
     def timed(first: int, last: int) -> float:
         began = time.perf_counter()
         part = run.part(first, last)
-        train_run(module, spec, rule, plan.scale, params, acc, s, log, part, work)
+        train_run(module, spec, rule, plan.scale, params, acc, s, log, part, work, past)
         return time.perf_counter() - began
 
     fullest = int(np.argmax(events))

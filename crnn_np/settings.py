@@ -9,12 +9,17 @@ from typing import Any, Literal, get_args, get_origin
 
 from .errors import SettingsError
 
+LISTED = 60  # names at most in a message
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Advice for a name that is not known: the nearest one that is, or all of them."""
+    """Advice for a name that is not known: the nearest one that is, all of them, or how many."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    listed = ", ".join(known) if len(known) <= LISTED else f"the {len(known)} that are known"
+    return f"expected one of {listed}"
 
 
 def check(settings: Any, **bounds: tuple[float, float]) -> None:

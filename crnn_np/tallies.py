@@ -18,8 +18,8 @@ def past(log: EventLog, counts: Counts) -> Past:
         Of the same users and items as `counts`; longer than what was counted, or as long.
     """
     features = np.zeros((log.n_events, len(FEATURES)), np.float32)
-    experts = np.ones((log.n_events, 2), np.float32)
-    _features(log.indptr, log.items, counts.unigram, features)
+    experts = np.ones((log.n_events, 2))
+    _features(log.indptr, log.items, counts.unigram, counts.indptr, counts.items, features)
     _experts(log.indptr, log.items, *counts, experts)
     return Past(log.indptr, log.items, features, experts, counts)
 
@@ -42,14 +42,18 @@ def novelty(indptr, items, n_items):
 
 
 @numba.njit(cache=True)
-def _features(indptr, items, unigram, features):
+def _features(indptr, items, unigram, own_indptr, own_items, features):
     """Fill `Past.features`, float32[E, F]; `history.FEATURES` says with what."""
     slow, fast, steady = np.exp2(-1 / NOVELTY_HALF_LIFE), 0.75, 0.9
     latest = np.full(unigram.size, -1)  # index of the item's latest event
     before = np.empty(items.size, np.int64)  # of each event's item
     seen = np.zeros(unigram.size, np.int64)
+    others = unigram.copy()
     for u in range(indptr.size - 1):
         first = indptr[u]
+        own = own_items[own_indptr[u] : own_indptr[u + 1]]
+        for x in own:
+            others[x] -= 1
         distinct = 0
         new, events, new_lately, lately = 1.0, 2.0, 0.5, 1.0
         repeats, hits, depth = 0.3, 0.5, 2.0
@@ -87,16 +91,18 @@ def _features(indptr, items, unigram, features):
             f[8] = 2 * repeats
             f[9] = 2 * hits
             f[10] = depth / 2
-            f[11] = np.log(1.0 + unigram[x]) / 4
+            f[11] = np.log(1.0 + others[x]) / 4
             f[12] = np.log(1.0 + distinct) / 4
             f[13] = repeat
             f[14] = np.log((1.0 + distinct) / (1.0 + t))
             seen[x] += 1
+        for x in own:
+            others[x] += 1
 
 
 @numba.njit(cache=True)
 def _experts(indptr, items, begin, follower, count, unigram, own_indptr, own_items, experts):
-    """Fill `Past.experts`, float32[E, 2]; the arguments from begin on are `history.Counts`."""
+    """Fill `Past.experts`, float64[E, 2]; the arguments from begin on are `history.Counts`."""
     total = np.zeros(unigram.size, np.int64)
     for x in range(unigram.size):
         for q in range(begin[x], begin[x + 1]):

@@ -39,7 +39,7 @@ def last(items, item, before):
 
 
 def features(items, times):
-    """The counts after the last of `items`, given how often it is in the training parts."""
+    """The counts after the last of `items`, given how often it is in the others' training parts."""
     t = len(items) - 1
     x = items[t]
     lags, new, repeats, hits = [], [], [], []
@@ -91,11 +91,13 @@ def bigram(counted, user, x, n_items):
 
 
 def buckets(memory):
-    """Bucket of each lag: floor(2 log2(lag)) = floor(log2(lag^2)), numbered densely."""
+    """Bucket of each lag: floor(2 log2(lag)) = floor(log2(lag^2)), numbered densely.
+
+    The last lag goes with the one before, from the third on.
+    """
     number = {}
-    return [
-        number.setdefault((lag * lag).bit_length(), len(number)) for lag in range(1, memory + 1)
-    ]
+    lags = [min(lag, max(memory - 1, 2)) for lag in range(1, memory + 1)]
+    return [number.setdefault((lag * lag).bit_length(), len(number)) for lag in lags]
 
 
 NONE, SKIP, ONE, TWO, THREE = range(5)

@@ -47,11 +47,12 @@ def each_event(sequences):
 
 def features(sequences, counted, n_items, name):
     """One feature of all events by the oracle."""
-    everything = sum(training_parts(sequences, counted), [])
+    parts = training_parts(sequences, counted)
+    everything = sum(parts, [])
     return [
-        float(mixture_oracle.features(s[: t + 1], everything.count(s[t]))[name])
-        for s in sequences
-        for t in range(len(s))
+        float(mixture_oracle.features(s[: t + 1], everything.count(x) - part.count(x))[name])
+        for s, part in zip(sequences, parts, strict=True)
+        for t, x in enumerate(s)
     ]
 
 

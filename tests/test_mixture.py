@@ -139,8 +139,9 @@ def experts(problem, n):
 
 def known_features(problem, n):
     parts = [s[:c] for s, c in zip(problem.sequences, problem.counted, strict=True)]
-    items = problem.history(n)
-    return [*mixture_oracle.features(items, sum(parts, []).count(items[-1])).values()]
+    items, own = problem.history(n), parts[problem.cells.user[n]]
+    times = sum(parts, []).count(items[-1]) - own.count(items[-1])
+    return [*mixture_oracle.features(items, times).values()]
 
 
 def full(problem, n, f=None):
@@ -681,7 +682,8 @@ def test_evaluation_is_the_oracle_event_by_event(name, events):
         window = oracle.Window(np.array([u]), np.array(items)[:, None], None, *np.ones((3, T, 1)))
         path = oracle.states("gru", params.W_h, params.W_in, np.zeros((1, 3)), 0.0, window)
         for t in range(len(known) - 1, T - 1):
-            f = mixture_oracle.features(items[: t + 1], sum(train, []).count(items[t]))
+            times = sum(train, []).count(items[t]) - known.count(items[t])
+            f = mixture_oracle.features(items[: t + 1], times)
             h = path[t + 1, 0]
             others = [
                 mixture_oracle.bigram(train, u, items[t], n_items),

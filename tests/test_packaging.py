@@ -21,7 +21,7 @@ LAYERS = [
     ["demo", "gradcheck", "methods"],
     ["estimator", "baselines", "synthetic"],
     ["presets", "planning"],
-    ["training"],
+    ["training", "explain"],
     ["evaluation"],
     ["backends"],
     ["model"],

@@ -72,7 +72,7 @@ def test_the_time_of_an_epoch_is_scaled_from_some_of_its_windows(monkeypatch, or
     """On a clock that gives a window 0.1 ms, and 0.05 ms more for each event, times `slow`."""
     clock, calls = 0.0, []
 
-    def scripted(backend, spec, rule, scale, params, acc, s, log, run, work):
+    def scripted(backend, spec, rule, scale, params, acc, s, log, run, work, past):
         nonlocal clock
         events = np.clip(log.lengths[run.user] - 1 - run.start, 0, run.length).sum()
         clock += slow * (1e-4 * run.key.size + 5e-5 * events)

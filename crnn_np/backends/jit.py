@@ -46,14 +46,18 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 from ..data import EventLog
-from ..model import Accumulators, Params, Spec
+from ..history import FLOOR, SMOOTHING, Past
+from ..model import Accumulators, MixtureAccumulators, MixtureParams, Params, Spec
 from ..optim import Rule
+from ..outputs import STATIC, TIE, Cells, Mixture, lag_buckets, ramps
 from ..windows import GOLDEN, INPUT, OUTPUT, Slice, dropout_threshold
 from .reference import sum_rows, take_rows, to_device, to_host, update, window
 
 __all__ = [
     "cell_backward",
     "cell_forward",
+    "mixture",
+    "mixture_score",
     "output",
     "score",
     "sum_rows",
@@ -994,11 +998,14 @@ def _sums(p, m, out):
 
 
 @serial
-def _softmax(p, n, gate, H, W_out, ms, y, scale, lanes, out, dH, limits, old, first, move, rule):
+def _softmax(
+    p, n, gate, H, W_out, ms, y, scale, lanes, out, dH, limits, old, first, move, rule, blend
+):  # fmt: skip
     """One block of events: the update by the block before, then its loss and dH.
 
     Leaves E and G, scaled, ready for the update by this block. Returns the loss of thread p's
-    events and the padded number of all.
+    events and the padded number of all. blend is None, or (share, p, total) of the events, where
+    the softmax is distribution 0 of a mixture (`Mixing`).
     """
     D = W_out.shape[1]
     m = (H.shape[0] + lanes - 1) // lanes * lanes
@@ -1034,11 +1041,20 @@ def _softmax(p, n, gate, H, W_out, ms, y, scale, lanes, out, dH, limits, old, fi
         logit = H.dtype.type(0)
         for d in range(D):
             logit += H[j, d] * W_out[i, d]
-        loss += math.log(np.float64(s)) + np.float64(shift[j]) * math.log(2) - np.float64(logit)
+        nll = math.log(np.float64(s)) + np.float64(shift[j]) * math.log(2) - np.float64(logit)
         out.E[i, j] -= s
-        factor = scale / s
+        weight = scale
+        if blend is not None:
+            share, distributions, total_p = blend
+            distributions[j, 0] = math.exp(-nll)
+            own = share[j, 0] * distributions[j, 0]
+            total_p[j] += own
+            nll = -math.log(total_p[j])
+            weight = scale * H.dtype.type(own / total_p[j])
+        loss += nll
+        factor = weight / s
         for d in range(D):
-            dH[j, d] = U[d, j] * factor - W_out[i, d] * scale
+            dH[j, d] = U[d, j] * factor - W_out[i, d] * weight
             out.G[j, d] = H[j, d] * factor
     for j in range(max(begin, H.shape[0]), end):
         out.G[j] = 0
@@ -1046,7 +1062,7 @@ def _softmax(p, n, gate, H, W_out, ms, y, scale, lanes, out, dH, limits, old, fi
 
 
 @serial
-def _output(p, n, gate, H, W_out, y, dH, lanes, limits, out):
+def _output(p, n, gate, H, W_out, y, dH, lanes, limits, out, blend):
     """`output` in blocks; returns the loss of thread p's events."""
     one = W_out.dtype.type(1)
     rule = (one, one, one, one)
@@ -1054,9 +1070,13 @@ def _output(p, n, gate, H, W_out, y, dH, lanes, limits, out):
     loss, old, first = 0.0, -1, True
     for lo in range(0, N, width):
         hi = min(lo + width, N)
+        some = None
+        if blend is not None:
+            share, distributions, total = blend
+            some = share[lo:hi], distributions[lo:hi], total[lo:hi]
         part, m = _softmax(
             p, n, gate, H[lo:hi], W_out, W_out, y[lo:hi], one, lanes, out, dH[lo:hi], limits,
-            old, first, False, rule,
+            old, first, False, rule, some,
         )  # fmt: skip
         first = lo == 0
         old = m
@@ -1148,7 +1168,8 @@ def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, A
     H, dH = np.ascontiguousarray(H), np.empty(H.shape, dtype)
     out = _output_work(len(H), *W_out.shape, dtype, store=True)
     n = len(out.S)
-    losses = _together(n, _output, H, W_out, y, dH, _lanes(dtype), _sum_limits(dtype), out)
+    limits = _sum_limits(dtype)
+    losses = _together(n, _output, H, W_out, y, dH, _lanes(dtype), limits, out, None)
     return sum(losses), dH, out.dW_out
 
 
@@ -1160,6 +1181,425 @@ def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     work = np.empty_like(out.S[0]), np.empty(out.S.shape), np.empty(out.S.shape, np.int32)
     H, limits = np.ascontiguousarray(H), _sum_limits(dtype)
     _together(len(out.S), _score, H, W_out, y, _lanes(dtype), limits, out, *work, nll, rank)
+    return nll, rank
+
+
+# ---------------------------------------------------------------- mixture
+
+
+class Mixing(NamedTuple):
+    """What a mixture needs beside H and W_out: parameters, the past, work arrays.
+
+    The pointers' scores depend on the user, the lag and the match alone, so that there is a table
+    of them for each column of a window, and an event only looks its past up in it. Columns are the
+    users of a window (B), or single cells; all work arrays are float64.
+    """
+
+    blocks: Mixture  # parameters
+    indptr: Array  # i64[U + 1]
+    items: Array  # i32[E]
+    features: Array  # f32[E, F]
+    experts: Array  # f64[E, 2]
+    bucket: Array  # i64[M]
+    ramp: Array  # [M]
+    scores: Array  # [B, P, M, MATCHES]
+    table: Array  # [B, P, M, MATCHES], exp(scores - their maximum)
+    dtable: Array  # [B, P, M, MATCHES], dL/dscores
+    match: Array  # u8[N, M]
+    shift: Array  # [N, P], what to take off scores; NaN where the table will do
+    mass: Array  # [N, P, 2], sum of the table over the past, and over its events with item y
+    hidden: Array  # [N, Q]
+    share: Array  # [N, K], g
+    p: Array  # [N, K], p_k(y)
+    total: Array  # [N], p(y); without the softmax before `_softmax`
+    dtau: Array  # [threads, P, L, MATCHES]
+    dgate_in: Array  # [threads, F + D, Q]
+    dgate_out: Array  # [threads, Q + 1, K]
+    dnu: Array  # [B, P, MATCHES + 1]
+    dgate_user: Array  # [B, K]
+
+
+def _mixing(blocks: Mixture, past: Past, memory: int, columns: int, cells: int) -> Mixing:
+    """For windows of at most so many columns and cells."""
+    P, L, C = blocks.tau.shape
+    Q, K = blocks.gate_in.shape[1], blocks.gate_out.shape[1]
+    n = numba.get_num_threads()
+    table = (columns, P, memory, C)
+    return Mixing(
+        blocks,
+        past.indptr,
+        past.items,
+        past.features,
+        past.experts,
+        lag_buckets(memory),
+        ramps(memory),
+        np.empty(table),
+        np.empty(table),
+        np.empty(table),
+        np.empty((cells, memory), np.uint8),
+        np.empty((cells, P)),
+        np.empty((cells, P, 2)),
+        np.empty((cells, Q)),
+        np.empty((cells, K)),
+        np.empty((cells, K)),
+        np.empty(cells),
+        np.zeros((n, P, L, C)),
+        np.zeros((n, *blocks.gate_in.shape)),
+        np.zeros((n, *blocks.gate_out.shape)),
+        np.empty((columns, P, C + 1)),
+        np.empty((columns, K)),
+    )
+
+
+@serial
+def _begin_column(b, user, mix):
+    """The tables of column b's pointers."""
+    tau, nu = mix.blocks.tau, mix.blocks.nu[user]
+    M, C = mix.table.shape[2:]
+    mix.dtable[b] = 0
+    mix.dnu[b] = 0
+    mix.dgate_user[b] = 0
+    for k in range(tau.shape[0]):
+        scores, table = mix.scores[b, k], mix.table[b, k]
+        top = -np.inf
+        for i in range(M):
+            slope = nu[k, C] * mix.ramp[i]
+            for c in range(C):
+                scores[i, c] = np.float64(tau[k, mix.bucket[i], c]) + nu[k, c] + slope
+                top = max(top, scores[i, c])
+        for i in range(M):
+            for c in range(C):
+                table[i, c] = math.exp(scores[i, c] - top)
+
+
+@serial
+def _recall(first, at, items, match):
+    """How much the contexts of the last events up to `at` match; returns the number of events."""
+    count = min(at - first + 1, match.size)
+    x_0 = items[at]
+    x_1 = items[at - 1] if at - 1 >= first else -1
+    x_2 = items[at - 2] if at - 2 >= first else -1
+    for i in range(count):
+        s = at - i
+        one = s - 1 >= first and items[s - 1] == x_0
+        two = s - 2 >= first and items[s - 2] == x_1
+        three = two and s - 3 >= first and items[s - 3] == x_2
+        match[i] = (2 + two + three) if one else np.int64(two)
+    return count
+
+
+@serial
+def _weight(k, i, c, b, n, mix):
+    """Weight of the event with lag i + 1 and match c for pointer k, not normalised."""
+    shift = mix.shift[n, k]
+    return mix.table[b, k, i, c] if shift != shift else math.exp(mix.scores[b, k, i, c] - shift)
+
+
+@serial
+def _mix_forward(n, b, user, at, y, h, mix):
+    """Cell n of column b: shares g, p_k(y) of all but the softmax, and their sum."""
+    first, count = mix.indptr[user], 0
+    match, g, p = mix.match[n], mix.share[n], mix.p[n]
+    count = _recall(first, at, mix.items, match)
+    p[1], p[2] = mix.experts[at, 0], mix.experts[at, 1]
+    for k in range(mix.table.shape[1]):
+        table = mix.table[b, k]
+        mass = 0.0
+        for i in range(count):
+            mass += table[i, match[i]]
+        mix.shift[n, k] = np.nan
+        if not mass > 1e-200:  # the table's maximum is far above all that is there
+            top = -np.inf
+            for i in range(count):
+                top = max(top, mix.scores[b, k, i, match[i]])
+            mix.shift[n, k] = top
+            mass = 0.0
+            for i in range(count):
+                mass += _weight(k, i, match[i], b, n, mix)
+        hit = 0.0
+        for i in range(count):
+            if mix.items[at - i] == y:
+                hit += _weight(k, i, match[i], b, n, mix)
+        mix.mass[n, k, 0], mix.mass[n, k, 1] = mass, hit
+        p[STATIC + k] = hit / mass
+    gate_in, gate_out = mix.blocks.gate_in, mix.blocks.gate_out
+    hidden, f, bias = mix.hidden[n], mix.features[at], mix.blocks.gate_user[user]
+    hidden[:] = 0
+    for i in range(f.size):
+        for q in range(hidden.size):
+            hidden[q] += f[i] * gate_in[i, q]
+    for d in range(h.size):
+        for q in range(hidden.size):
+            hidden[q] += h[d] * gate_in[f.size + d, q]
+    for k in range(g.size):
+        g[k] = gate_out[hidden.size, k] + np.float64(bias[k])
+    for q in range(hidden.size):
+        hidden[q] = math.tanh(hidden[q])
+        for k in range(g.size):
+            g[k] += hidden[q] * gate_out[q, k]
+    top, total = g.max(), 0.0
+    for k in range(g.size):
+        g[k] = math.exp(g[k] - top)
+        total += g[k]
+    g /= total
+    mix.total[n] = 0.0
+    for k in range(1, g.size):
+        mix.total[n] += g[k] * p[k]
+
+
+@serial
+def _mix_backward(t, n, b, user, at, y, h, scale, dh, mix):
+    """Gradients of cell n of column b, in thread t; dh += that of h through the gate."""
+    count = min(at - mix.indptr[user] + 1, mix.match.shape[1])
+    match, g, p = mix.match[n], mix.share[n], mix.p[n]
+    factor = scale / mix.total[n]
+    for k in range(mix.table.shape[1]):
+        mass, hit = mix.mass[n, k, 0], mix.mass[n, k, 1]
+        every = factor * g[STATIC + k] * p[STATIC + k] / mass
+        those = factor * g[STATIC + k] / mass
+        d = mix.dtable[b, k]
+        for i in range(count):
+            w = _weight(k, i, match[i], b, n, mix)
+            d[i, match[i]] += w * every
+            if hit > 0 and mix.items[at - i] == y:
+                d[i, match[i]] -= w * those
+    gate_in, gate_out = mix.blocks.gate_in, mix.blocks.gate_out
+    hidden, f = mix.hidden[n], mix.features[at]
+    d_in, d_out = mix.dgate_in[t], mix.dgate_out[t]
+    Q = hidden.size
+    for k in range(g.size):
+        d = g[k] * (scale - factor * p[k])
+        mix.dgate_user[b, k] += d
+        d_out[Q, k] += d
+        for q in range(Q):
+            d_out[q, k] += d * hidden[q]
+    for q in range(Q):
+        d = 0.0
+        for k in range(g.size):
+            d += g[k] * (scale - factor * p[k]) * gate_out[q, k]
+        hidden[q] = d * (1 - hidden[q] * hidden[q])
+    for i in range(f.size):
+        for q in range(Q):
+            d_in[i, q] += f[i] * hidden[q]
+    for j in range(h.size):
+        total = 0.0
+        for q in range(Q):
+            d_in[f.size + j, q] += h[j] * hidden[q]
+            total += gate_in[f.size + j, q] * hidden[q]
+        dh[j] += total
+
+
+@serial
+def _end_column(t, b, mix):
+    """From dL/dscores of column b to dtau of thread t and dnu."""
+    P, M, C = mix.table.shape[1:]
+    for k in range(P):
+        own = mix.dnu[b, k]
+        for i in range(M):
+            row = 0.0
+            for c in range(C):
+                d = mix.dtable[b, k, i, c]
+                mix.dtau[t, k, mix.bucket[i], c] += d
+                own[c] += d
+                row += d
+            own[C] += row * mix.ramp[i]
+
+
+@serial
+def _mixture(p, n, gate, H, W_out, y, user, at, dH, lanes, limits, out, mix):
+    """`mixture`, each cell a column of its own; returns the loss of thread p's events."""
+    one = np.float64(1)
+    begin, end = _share(p, n, y.size, 1)
+    for c in range(begin, end):
+        _begin_column(c, user[c], mix)
+        _mix_forward(c, c, user[c], at[c], y[c], H[c], mix)
+    _meet(n, gate)
+    blend = mix.share, mix.p, mix.total
+    loss = _output(p, n, gate, H, W_out, y, dH, lanes, limits, out, blend)
+    _meet(n, gate)
+    for c in range(begin, end):
+        _mix_backward(p, c, c, user[c], at[c], y[c], H[c], one, dH[c], mix)
+        _end_column(p, c, mix)
+    return loss
+
+
+def mixture(
+    H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
+) -> tuple[float, Array, Array, Mixture]:
+    """As `reference.mixture`."""
+    dtype = W_out.dtype
+    H, dH = np.ascontiguousarray(H), np.empty(H.shape, dtype)
+    out = _output_work(len(H), *W_out.shape, dtype, store=True)
+    mix = _mixing(mixture, past, memory, len(H), len(H))
+    limits = _sum_limits(dtype)
+    losses = _together(len(out.S), _mixture, H, W_out, *cells, dH, _lanes(dtype), limits, out, mix)
+    dense = (d.sum(axis=0).astype(dtype) for d in (mix.dtau, mix.dgate_in, mix.dgate_out))
+    dtau, dgate_in, dgate_out = dense
+    dnu, dgate_user = mix.dnu.astype(dtype), mix.dgate_user.astype(dtype)
+    return sum(losses), dH, out.dW_out, Mixture(dtau, dnu, dgate_in, dgate_out, dgate_user)
+
+
+@serial
+def _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead):
+    """Over thread p's tiles: ahead[j] items of which softmax and unigram alone reach the cut.
+
+    An item's probability is there 2 ** (score + offset) + flat (unigram + FLOOR).
+    """
+    items, D = W_out.shape
+    ld = out.HT.shape[1]
+    W, HT, scores = W_out.reshape(-1), out.HT.reshape(-1), out.tile[p]
+    ahead[:] = 0
+    begin, end = _share(p, n, items, TILE)
+    for lo in range(begin, end, TILE):
+        rows = min(TILE, end - lo)
+        _product(
+            ALONG_K, False, rows, m, D, lanes, W, lo * D, D, HT, 0, ld, scores, 0, ld, scores, 0, 0
+        )
+        for i in range(rows):
+            e = scores[i * ld : i * ld + m]
+            common = unigram[lo + i] + FLOOR
+            for j in range(m):
+                ahead[j] += _exp(e[j] + offset[j]) + flat[j] * common >= cut[j]
+
+
+@serial
+def _one_score(W_out, i, j, lanes, out, some):
+    """The score of item i for event j, summed in the order of the tiles; some [lanes] is work."""
+    D, ld = W_out.shape[1], out.HT.shape[1]
+    W, HT, base = W_out.reshape(-1), out.HT.reshape(-1), j // lanes * lanes
+    _product(
+        ALONG_K, False, 1, lanes, D, lanes, W, i * D, D, HT, base, ld, some, 0, lanes, some, 0, 0
+    )
+    return some[j - base]
+
+
+@serial
+def _mixture_score(
+    p, n, gate, H, W_out, y, user, at, lanes, limits, out, target, sums, ahead, levels, mix,
+    begin_of, follower, count, unigram, own_indptr, own_items, nll, rank,
+):  # fmt: skip
+    """`mixture_score` in blocks; levels real[3, width]: offset, flat and cut of each event."""
+    width = out.total.shape[1]
+    real = H.dtype.type
+    some = np.empty(lanes, H.dtype)
+    extra = np.zeros(unigram.size)  # of an event: what the past and the bigram add to an item
+    touched, seen = np.empty(unigram.size, np.int64), np.zeros(unigram.size, np.bool_)
+    followed = np.zeros(unigram.size, np.int64)
+    everything = unigram.sum()
+    offset, flat, cut = levels
+    for lo in range(0, H.shape[0], width):
+        N = min(width, H.shape[0] - lo)
+        m = (N + lanes - 1) // lanes * lanes
+        begin, end = _share(p, n, m, lanes)
+        _load_states(H[lo : lo + N], begin, end, real(1), out)
+        for j in range(begin, min(end, N)):
+            target[j] = _one_score(W_out, y[lo + j], j, lanes, out, some)
+        _meet(n, gate)
+        out.shift[p] = 0
+        _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
+        _meet(n, gate)
+        safe = True
+        for j in range(N):
+            safe = safe and limits[0] < sums[:, j].sum() < limits[1]
+        if not safe:
+            for j in range(m):
+                out.shift[p, j] = out.S[:, j].max()
+            _meet(n, gate)
+            _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
+            _meet(n, gate)
+        for j in range(begin, min(end, N)):
+            c = lo + j
+            u = user[c]
+            _begin_column(j, u, mix)
+            _mix_forward(j, j, u, at[c], y[c], H[c], mix)
+            norm = math.log(sums[:, j].sum()) + np.float64(out.shift[p, j])
+            g, x = mix.share[j], mix.items[at[c]]
+            total = mix.total[j] + g[0] * math.exp(np.float64(target[j]) - norm)
+            nll[c] = -math.log(total)
+            own = own_items[own_indptr[u] : own_indptr[u + 1]]
+            context = SMOOTHING
+            for q in range(begin_of[x], begin_of[x + 1]):
+                context += count[q]
+            for s in range(own.size - 1):
+                context -= own[s] == x
+            others = everything - own.size + FLOOR * unigram.size
+            offset[j] = math.log(g[0]) - norm
+            flat[j] = (g[2] + g[1] * SMOOTHING / context) / others
+            cut[j] = total * (1 - TIE)
+        for j in range(max(begin, N), end):
+            offset[j], flat[j], cut[j] = 0, 0, 0
+        _meet(n, gate)
+        _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead[p])
+        _meet(n, gate)
+        for j in range(begin, min(end, N)):
+            c = lo + j
+            u, g, x = user[c], mix.share[j], mix.items[at[c]]
+            own = own_items[own_indptr[u] : own_indptr[u + 1]]
+            context, size = SMOOTHING, 0
+            for q in range(begin_of[x], begin_of[x + 1]):
+                context += count[q]
+            for s in range(own.size - 1):
+                if own[s] == x:
+                    context -= 1
+                    followed[own[s + 1]] += 1
+            for q in range(begin_of[x], begin_of[x + 1]):
+                i = follower[q]
+                extra[i] = g[1] * (count[q] - followed[i]) / context
+                seen[i] = True
+                touched[size] = i
+                size += 1
+            for s in range(own.size):
+                i = own[s]
+                followed[i] = 0
+                extra[i] -= flat[j]
+                if not seen[i]:
+                    seen[i] = True
+                    touched[size] = i
+                    size += 1
+            events = min(at[c] - mix.indptr[u] + 1, mix.match.shape[1])
+            for e in range(events):
+                i = mix.items[at[c] - e]
+                for k in range(mix.table.shape[1]):
+                    w = _weight(k, e, mix.match[j, e], j, j, mix)
+                    extra[i] += g[STATIC + k] * w / mix.mass[j, k, 0]
+                if not seen[i]:
+                    seen[i] = True
+                    touched[size] = i
+                    size += 1
+            if not seen[y[c]]:
+                touched[size] = y[c]
+                size += 1
+            better = np.int64(1)
+            for q in range(n):
+                better += ahead[q, j]
+            for q in range(size):
+                i = touched[q]
+                common = flat[j] * (unigram[i] + FLOOR)
+                base = _exp(_one_score(W_out, i, j, lanes, out, some) + offset[j]) + common
+                better -= base >= cut[j]
+                better += i != y[c] and base + extra[i] >= cut[j]
+                extra[i] = 0.0
+                seen[i] = False
+            rank[c] = better
+        _meet(n, gate)
+
+
+def mixture_score(
+    H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
+) -> tuple[Array, Array]:
+    """As `reference.mixture_score`."""
+    dtype, N = W_out.dtype, cells.y.size
+    nll, rank = np.empty(N, np.float64), np.empty(N, np.int32)
+    out = _output_work(N, *W_out.shape, dtype, whole=False, store=False)
+    width = out.S.shape[1]
+    mix = _mixing(mixture, past, memory, width, width)
+    work = np.empty(width, dtype), np.empty(out.S.shape), np.empty(out.S.shape, np.int32)
+    levels, limits = np.empty((3, width), dtype), _sum_limits(dtype)
+    H = np.ascontiguousarray(H)
+    _together(
+        len(out.S), _mixture_score, H, W_out, *cells, _lanes(dtype), limits, out, *work, levels,
+        mix, *past.counts, nll, rank,
+    )  # fmt: skip
     return nll, rank
 
 
@@ -1180,6 +1620,7 @@ class Work(NamedTuple):
     W_T: Array  # [threads, G*D, D], W_h transposed
     dW_h: Array  # [D, G*D]
     cells: Array  # i32[T * B, 2], step and column of the cells with a target
+    number: Array  # i32[B, T], of each event's cell; -1 without a target
     y: Array  # i32[T * B]
     H: Array  # [T * B, D]
     dH_cells: Array  # [T * B, D]
@@ -1213,6 +1654,7 @@ def workspace(spec: Spec, n_items: int, batch: int, window: int) -> tuple[Work, 
         W_T=real(len(out.S), width, D),
         dW_h=real(D, width),
         cells=np.empty((N, 2), np.int32),
+        number=np.empty((B, T), np.int32),
         y=np.empty(N, np.int32),
         H=real(N, D),
         dH_cells=real(N, D),
@@ -1236,8 +1678,10 @@ def _read_window(indptr, items, user, start, length, fresh, target_from, work):
             work.event[b, t] = 1 if here else 0
             work.carry[b, t] = 0 if fresh[b] and t == 0 else 1
             follows = first + position + 1 < indptr[user[b] + 1]
+            work.number[b, t] = -1
             if here and follows and position + 1 >= target_from[b]:
                 work.cells[N, 0], work.cells[N, 1] = t, b
+                work.number[b, t] = N
                 work.y[N] = items[first + position + 1]
                 N += 1
     work.size[0], work.size[1] = T, N
@@ -1301,16 +1745,82 @@ def _move_recurrent(p, n, kind, T, user, length, lanes, W_h, ms, rule, work):
 
 
 @serial
+def _mix_window_forward(b, T, B, user, first, start, drop, work, mix):
+    """H of column b's cells, with output dropout, and what the mixture makes of them."""
+    D = work.H.shape[1]
+    begun = False
+    for t in range(T):
+        c = work.number[b, t]
+        if c < 0:
+            continue
+        if not begun:
+            _begin_column(b, user, mix)
+            begun = True
+        work.H[c] = work.cell.states[b, t + 1]
+        if drop[0]:
+            _drop(work.H[c], start, (t * B + b) * D, drop[0], drop[1])
+        _mix_forward(c, b, user, first + t, work.y[c], work.H[c], mix)
+
+
+@serial
+def _mix_window_backward(p, b, T, B, user, first, start, drop, scale, rule, work, mix, squares):
+    """dH of column b from dH_cells, with the gate's part of it, and its user's rows moved."""
+    D = work.H.shape[1]
+    begun = False
+    for t in range(T):
+        c = work.number[b, t]
+        if c < 0:
+            continue
+        begun = True
+        dh = work.dH_cells[c]
+        _mix_backward(p, c, b, user, first + t, work.y[c], work.H[c], scale, dh, mix)
+        if drop[0]:
+            _drop(dh, start, (t * B + b) * D, drop[0], drop[1])
+        work.dH[b, t] = dh
+    if not begun:
+        return
+    _end_column(p, b, mix)
+    nu, ms = mix.blocks.nu[user].reshape(-1), squares.nu[user].reshape(-1)
+    _rmsprop(nu, ms, mix.dnu[b].reshape(-1), rule[0], rule[1], rule[2], rule[3])
+    gate_user, ms = mix.blocks.gate_user[user], squares.gate_user[user]
+    _rmsprop(gate_user, ms, mix.dgate_user[b], rule[0], rule[1], rule[2], rule[3])
+
+
+@serial
+def _move_dense(w, ms, parts, rule):
+    """RMSprop by the sum of the threads' gradients, which are 0 afterwards."""
+    total = parts[0].reshape(-1)
+    for q in range(1, parts.shape[0]):
+        part = parts[q].reshape(-1)
+        for j in range(total.size):
+            total[j] += part[j]
+        part[:] = 0
+    _rmsprop(w.reshape(-1), ms.reshape(-1), total, rule[0], rule[1], rule[2], rule[3])
+    total[:] = 0
+
+
+@serial
+def _move_mixture(p, n, mix, squares, rule):
+    """The dense blocks of a mixture, each by one thread."""
+    if p == 0:
+        _move_dense(mix.blocks.gate_in, squares.gate_in, mix.dgate_in, rule)
+    if p == n - 1:
+        _move_dense(mix.blocks.tau, squares.tau, mix.dtau, rule)
+        _move_dense(mix.blocks.gate_out, squares.gate_out, mix.dgate_out, rule)
+
+
+@serial
 def _train(
     p, n, gate, kind, init, drop_in, drop_out, rule, dense, scale, lanes, limits, params, ms,
-    indptr, items, run, s, work, out,
+    indptr, items, run, s, work, out, mix, squares,
 ):  # fmt: skip
     """Algorithm 1 on a run of windows, in place, thread p of n.
 
     Returns the summed loss of thread p's events and the number of all events. drop_in and drop_out
-    are (threshold, factor).
+    are (threshold, factor); mix and squares, the accumulators of its blocks, are None but for a
+    mixture.
     """
-    W_h, W_in, W_out = params
+    W_h, W_in, W_out = params.W_h, params.W_in, params.W_out
     pooled = W_h.shape[0] == 1
     D, width, block = W_out.shape[1], W_in.shape[1], out.total.shape[1]
     cell = work.cell
@@ -1340,17 +1850,24 @@ def _train(
             _forward_column(kind, T, b, cell, W, work.event[b], work.carry[b], init, lanes)
             s[0, b] = cell.states[b, T]
             work.dH[b, :T] = 0
+            if mix is not None:
+                at = indptr[user[b]] + run.start[k, b]
+                _mix_window_forward(b, T, B, user[b], at, start_out, drop_out, work, mix)
         _meet(n, gate)
 
         blocks = max((N + block - 1) // block, 1)
         for q in range(blocks):
             lo, hi = q * N // blocks, (q + 1) * N // blocks
             begin, end = _share(p, n, (hi - lo + lanes - 1) // lanes * lanes, lanes)
-            for c in range(lo + begin, min(lo + end, hi)):
-                t, b = work.cells[c, 0], work.cells[c, 1]
-                work.H[c] = cell.states[b, t + 1]
-                if drop_out[0]:
-                    _drop(work.H[c], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
+            blend = None
+            if mix is None:
+                for c in range(lo + begin, min(lo + end, hi)):
+                    t, b = work.cells[c, 0], work.cells[c, 1]
+                    work.H[c] = cell.states[b, t + 1]
+                    if drop_out[0]:
+                        _drop(work.H[c], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
+            else:
+                blend = mix.share[lo:hi], mix.p[lo:hi], mix.total[lo:hi]
             if N == 0:
                 _meet(n, gate)
                 _tiles(p, n, W_out, ms.W_out, lanes, old, first, move, 0, out, rule)
@@ -1358,18 +1875,25 @@ def _train(
             else:
                 loss, old = _softmax(
                     p, n, gate, work.H[lo:hi], W_out, ms.W_out, work.y[lo:hi], scale, lanes, out,
-                    work.dH_cells[lo:hi], limits, old, first, move, rule,
+                    work.dH_cells[lo:hi], limits, old, first, move, rule, blend,
                 )  # fmt: skip
                 total += loss
             first, move = q == 0, q == blocks - 1
-            for c in range(lo + begin, min(lo + end, hi)):
-                t, b = work.cells[c, 0], work.cells[c, 1]
-                if drop_out[0]:
-                    _drop(work.dH_cells[c], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
-                work.dH[b, t] = work.dH_cells[c]
+            if mix is None:
+                for c in range(lo + begin, min(lo + end, hi)):
+                    t, b = work.cells[c, 0], work.cells[c, 1]
+                    dh = work.dH_cells[c]
+                    if drop_out[0]:
+                        _drop(dh, start_out, (t * B + b) * D, drop_out[0], drop_out[1])
+                    work.dH[b, t] = dh
         _meet(n, gate)
 
         for b in range(p, B, n):
+            if mix is not None:
+                at = indptr[user[b]] + run.start[k, b]
+                _mix_window_backward(
+                    p, b, T, B, user[b], at, start_out, drop_out, scale, rule, work, mix, squares
+                )
             W = W_h[0 if pooled else user[b]]
             _backward_column(
                 kind, T, b, cell, work.dH[b], W, work.W_T[p], work.event[b], work.carry[b],
@@ -1377,6 +1901,8 @@ def _train(
             )  # fmt: skip
         _meet(n, gate)
         _move_recurrent(p, n, kind, T, user, length, lanes, W_h, ms.W_h, rule, work)
+        if mix is not None:
+            _move_mixture(p, n, mix, squares, rule)
         _meet(n, gate)
         _move_items(p, n, T, start_in, drop_in, dense, step, W_in, ms.W_in, ms.stamp, rule, work)
         _meet(n, gate)
@@ -1393,12 +1919,13 @@ def train_run(
     spec: Spec,
     rule: Rule,
     scale: float,
-    params: Params,
-    accumulators: Accumulators,
+    params: Params | MixtureParams,
+    accumulators: Accumulators | MixtureAccumulators,
     s: Array,
     log: EventLog,
     run: Slice,
     work: tuple[Work, Output],
+    past: Past | None,
 ) -> tuple[float, int]:
     """The loop over `training.step`, compiled into one call; it leaves out clipping.
 
@@ -1410,6 +1937,8 @@ def train_run(
         With an axis of K windows; a user at most once among the columns of a window.
     work
         From `workspace`; it fixes the number of threads.
+    past : Past or None
+        Of `log`, for a mixture.
 
     Returns
     -------
@@ -1422,6 +1951,11 @@ def train_run(
 
     numbers = (rule.learning_rate, rule.rho, 1 - rule.rho, rule.eps)
     arrays, out = work
+    mix = squares = None
+    if spec.output == "mixture":
+        B, T = arrays.x.shape
+        mix = _mixing(params.mixture, past, spec.memory, B, B * T)
+        squares = accumulators.mixture
     results = _together(
         len(out.S),
         _train,
@@ -1442,5 +1976,7 @@ def train_run(
         s,
         arrays,
         out,
+        mix,
+        squares,
     )
     return sum(loss for loss, _ in results), results[0][1]
