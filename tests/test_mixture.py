@@ -258,7 +258,7 @@ def test_gradients_are_of_the_parameters_type(name, dtype):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "numpy"])
-@examples(60)
+@examples(15)
 @given(problem=st.builds(make, seeds, memory=st.integers(1, 64), n_cells=st.just(200),
                          longest=st.just(90)))  # fmt: skip
 def test_backends_agree_on_many_cells(name, problem):
@@ -285,6 +285,23 @@ def test_the_loss_from_nothing_but_the_sequences(problem):
     for name in NAMES:
         found, _ = gradients(name, problem.arguments)
         assert found == pytest.approx(loss, rel=1e-5, abs=1e-5)
+
+
+@every_backend
+@examples(15)
+@given(seed=seeds)
+def test_large_scores_do_not_overflow(name, seed):
+    """At 300 times the size, exp overflows without a shift."""
+    problem = make(seed)
+    large = problem.mixture._replace(tau=300 * problem.mixture.tau, nu=300 * problem.mixture.nu)
+    problem = problem._replace(W_out=300 * problem.W_out, mixture=large)
+    loss, found = gradients(name, problem.arguments)
+    wanted_loss, wanted = expected(problem)
+    assert_close(loss, wanted_loss, 300 * EXACT, "loss")
+    for block, ours, theirs in zip(BLOCKS, found, wanted, strict=True):
+        assert_close(ours, theirs, 300 * EXACT, block)
+    nll, _ = backends.get(name).mixture_score(*problem.arguments)
+    assert nll.sum() == pytest.approx(loss, rel=ROUNDED, abs=ROUNDED)
 
 
 @every_backend
@@ -451,6 +468,27 @@ def test_items_that_occur_nowhere_tie_and_ties_count_against_us(name):
         for nll, rank in found:
             assert nll[0] == pytest.approx(-np.log(every[5]), abs=1e-6)
             assert rank[0] == 3 + above
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_probabilities_summed_in_another_order_tie(name, dtype):
+    """A pointer gives item 1 the weights of item 0 in reverse; nothing else tells them apart."""
+    rng = np.random.default_rng(2)
+    items = [1, 2, 1, 2, 1, 0, 0, 0]  # lags 8, 6, 4 and lags 3, 2, 1: buckets 5, 4, 3 and 2, 1, 0
+    spec = model.Spec(hidden_size=2, output="mixture", pointers=1, memory=9, gate_size=3)
+    params = model.initialise(replace(spec, dtype=dtype), 1, 4, seed=0)
+    H, W_out = np.ones((1, 2), dtype), np.ones((4, 2), dtype)
+    for _ in range(30):
+        weights = rng.normal(size=3)
+        tau = np.empty(params.tau.shape, dtype)
+        tau[0] = np.concatenate([weights, weights[::-1]])[:, None]
+        for y in (0, 1):
+            sequences = [[*items, y]]
+            cells, past = cells_of(sequences, [(0, 7)]), read(sequences, [0], 4)
+            blocks = params.mixture._replace(tau=tau)
+            _, rank = backends.get(name).mixture_score(H, W_out, blocks, cells, past, 9)
+            assert rank[0] == 2
 
 
 @every_backend
