@@ -63,7 +63,10 @@ VARIANTS = {
     "+ state in the gate: the mixture": Variant({}, nothing, {}),
     "the mixture with one pointer": Variant({"pointers": 1}, nothing, {}),
     "the mixture with a pooled GRU": Variant({"sharing": "pooled"}, nothing, {}),
-    "the mixture without recurrence": Variant({"cell": "tanh"}, nothing, {"W_h": slice(None)}),
+    "the mixture with W_h = 0, a gated bag": Variant({}, nothing, {"W_h": slice(None)}),
+    "the mixture without recurrence": Variant(
+        {"cell": "tanh", "learning_rate": 0.002}, nothing, {"W_h": slice(None)}
+    ),
     "the mixture without a network": Variant(
         {}, leave_out(0), {"gate_in": slice(F, None), "W_h": slice(None)}
     ),
@@ -140,12 +143,12 @@ def main(directory: str, epochs: int, seed: int, json_file: Path | None) -> None
         trial.epoch()
     results = {name: trial.result() for name, trial in trials.items()}
     click.echo(
-        f"{'':34}{'parameters':>12}{'events/s':>10}{'epoch':>7}{'nats':>8}{'Recall@20':>11}"
+        f"{'':40}{'parameters':>12}{'events/s':>10}{'epoch':>7}{'nats':>8}{'Recall@20':>11}"
         f"{'MRR@20':>8}"
     )
     for name, found in results.items():
         click.echo(
-            f"{name:34}{found['parameters']:12,}{found['events_per_second']:10,.0f}"
+            f"{name:40}{found['parameters']:12,}{found['events_per_second']:10,.0f}"
             f"{found['epoch']:7}{found['nll']:8.3f}{found['recall@20']:11.3f}{found['mrr@20']:8.3f}"
         )
     if json_file:

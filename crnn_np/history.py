@@ -37,15 +37,16 @@ FEATURES = (
 
 one             1
 length          log(1 + t) / 4 - 1
-novelty         share of new items among the recent ones, half-life 20 events
-novelty_lately  the same, half-life 2.4 events
+novelty         2 * share of new items among the recent ones, half-life 20 events
+novelty_lately  share of new items, half-life 2.4 events
 context         log(1 + how often x was there before)
 context_pair    log(1 + how often x followed the item before it before)
-lag             log(events since x was there before) / 3
+lag             log(events since x was there before) / 3; 0 where it never was
 new             1 where x was never there before
-repeats         share of events that repeat the one before, half-life 6.6 events
-bigram_hits     share of events that follow the one before as its last follower did, likewise
-depth           mean of log(lag) of items that were there before, likewise
+repeats         2 * share of events that repeat the one before, half-life 6.6 events
+bigram_hits     2 * share of events that follow the one before as its last follower did, of those
+                with such a follower, half-life 6.6
+depth           mean of log(lag) / 2 of items that were there before, half-life 6.6
 others_context  log(1 + how often x is in the other users' training parts) / 4
 distinct        log(1 + number of items so far) / 4
 repeat          1 where x repeats the item before it
@@ -115,8 +116,8 @@ def distributions(past: Past, user: int, at: int) -> Array:
     n_items = counts.unigram.size
     common = counts.unigram - np.bincount(own, minlength=n_items) + FLOOR
     common /= common.sum()
-    follows = SMOOTHING * common
     row = slice(counts.begin[x], counts.begin[x + 1])
+    follows = -np.bincount(own[1:][own[:-1] == x], minlength=n_items)
     follows[counts.follower[row]] += counts.count[row]
-    follows -= np.bincount(own[1:][own[:-1] == x], minlength=n_items)
+    follows = follows + SMOOTHING * common
     return np.stack([follows / follows.sum(), common])

@@ -23,9 +23,9 @@ so equal rows of W_out score the same to the bit and ties are exact. Vectors are
 processor's. No BLAS is called, so no second kind of threads competes.
 
 Threads are Python's: each runs the same compiled function without the interpreter's lock, its share
-given by its number, and they meet at `_meet`, which spins for microseconds and then yields, so that
-another process that wants a core gets it. Which thread sums what depends on the number of threads
-alone: the bytes of a result repeat.
+given by its number, and they meet at `_meet`, which spins for a while and then naps: where another
+process has the core of the thread that is waited for, spinning on would keep that thread waiting.
+Which thread sums what depends on the number of threads alone: the bytes of a result repeat.
 
 Kernels of the recurrent network live in this file alone, since Numba's disk cache watches no other.
 """
@@ -206,11 +206,12 @@ def _read(context, array, index):
     return types.int64(array, types.intp), codegen
 
 
-_yield = types.ExternalFunction(
-    "SwitchToThread" if os.name == "nt" else "sched_yield", types.int32()
-)
+if os.name == "nt":
+    _sleep, NAP = types.ExternalFunction("Sleep", types.void(types.uint32)), 1  # ms
+else:
+    _sleep, NAP = types.ExternalFunction("usleep", types.int32(types.uint32)), 50  # microseconds
 
-SPINS = 30_000  # looks at the gate before the core is offered to others
+SPINS = 300_000  # looks at the gate, under a millisecond, before a thread naps between them
 ARRIVED, ROUND = 0, 8  # a cache line apart
 
 
@@ -228,7 +229,7 @@ def _meet(n, gate):
     while _read(gate, ROUND) == now:
         spins += 1
         if spins > SPINS:
-            _yield()
+            _sleep(np.uint32(NAP))
 
 
 def _load(kernel: Callable[..., Any], *arguments: Any) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from crnn_np import data
+from crnn_np import data, tallies
 from crnn_np.baselines import Personal, personal, targets
 
 K = personal.K
