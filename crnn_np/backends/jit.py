@@ -212,7 +212,7 @@ else:
     _sleep, NAP = types.ExternalFunction("usleep", types.int32(types.uint32)), 50  # microseconds
 
 SPINS = 300_000  # looks at the gate, under a millisecond, before a thread naps between them
-ARRIVED, ROUND = 0, 8  # a cache line apart
+ARRIVED, ROUND, LOOKS = 0, 8, 9  # the first two a cache line apart
 
 
 @serial
@@ -225,11 +225,18 @@ def _meet(n, gate):
         _add(gate, ARRIVED, -n)
         _add(gate, ROUND, 1)
         return
-    spins = 0
+    left = gate[LOOKS]
     while _read(gate, ROUND) == now:
-        spins += 1
-        if spins > SPINS:
+        left -= 1
+        if left < 0:
             _sleep(np.uint32(NAP))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _load(kernel: Callable[..., Any], *arguments: Any) -> None:
@@ -247,6 +254,7 @@ def _load(kernel: Callable[..., Any], *arguments: Any) -> None:
 def _together(n: int, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Results of kernel(p, n, gate, *arguments) in n threads, p = 0 in the caller's."""
     gate = np.zeros(16, np.int64)
+    gate[LOOKS] = SPINS if n <= _cores() else 0  # there the others want the core at once
     results = [None] * n
     if not kernel.signatures:
         _load(kernel, np.int64(0), np.int64(n), gate, *arguments)
