@@ -61,7 +61,8 @@ VARIANTS = {
     "+ bigram and unigram": Variant({}, nothing, EVEN),
     "+ gate with counts": Variant({}, nothing, {"gate_in": slice(F, None)}),
     "+ state in the gate: the mixture": Variant({}, nothing, {}),
-    "the mixture with one pointer": Variant({"pointers": 1}, nothing, {}),
+    "the mixture with two pointers": Variant({"pointers": 2}, nothing, {}),
+    "the mixture with tanh cells": Variant({"cell": "tanh", "learning_rate": 0.002}, nothing, {}),
     "the mixture with a pooled GRU": Variant({"sharing": "pooled"}, nothing, {}),
     "the mixture with W_h = 0, a gated bag": Variant({}, nothing, {"W_h": slice(None)}),
     "the mixture without recurrence": Variant(

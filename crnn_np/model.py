@@ -64,7 +64,7 @@ class Spec:
     sharing: Literal["collaborative", "pooled"] = "collaborative"
     candidate: Literal["tanh", "sigmoid"] = "tanh"
     output: Literal["softmax", "mixture"] = "softmax"
-    pointers: int = 2
+    pointers: int = 1
     memory: int = 512
     gate_size: int = 16
     init_state: float = 0.0
