@@ -29,9 +29,7 @@ class Rule:
     Attributes
     ----------
     learning_rate : float
-        Step size of RMSprop in the first epoch.
-    decay : float
-        Factor on the step size after each epoch.
+        Step size of RMSprop.
     rho : float
         Decay of the accumulators per step.
     eps : float
@@ -44,14 +42,13 @@ class Rule:
     """
 
     learning_rate: float = 0.0075
-    decay: float = 1.0
     rho: float = 0.997
     eps: float = 1e-8
     W_in_rows: Literal["touched", "dense"] = "touched"
     clip: float = 0.0
 
     def __post_init__(self) -> None:
-        bounds = {"learning_rate": (0, 10), "decay": (0, 1), "rho": (0, 1), "eps": (1e-30, 10)}
+        bounds = {"learning_rate": (0, 10), "rho": (0, 1), "eps": (1e-30, 10)}
         check(self, **bounds, clip=(0, float("inf")))
 
 

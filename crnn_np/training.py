@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -273,7 +272,6 @@ def _train_epoch(
     progress: Callable[[int, int, float], None] | None,
 ) -> tuple[float, int]:
     """One pass over all users; the mean loss per event and the number of events."""
-    rule = replace(rule, learning_rate=rule.learning_rate * rule.decay ** (epoch - 1))
     run = epoch_slices(plan, log.lengths, epoch)
     total = int(np.maximum(log.lengths - 1, 0).sum())
     s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)

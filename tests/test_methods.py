@@ -36,7 +36,8 @@ def test_the_same_interface(tmp_path, name):
 @pytest.mark.parametrize("name", methods.RNNS)
 def test_an_rnn_is_what_its_name_says(name):
     spec = small(name).settings.spec
-    assert name == ("c-" if spec.sharing == "collaborative" else "p-") + spec.cell
+    cell = ("c-" if spec.sharing == "collaborative" else "p-") + spec.cell
+    assert (cell, spec.output) == (("c-gru", name) if name == "mixture" else (name, "softmax"))
 
 
 @pytest.mark.parametrize(

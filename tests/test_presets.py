@@ -84,7 +84,7 @@ def test_the_eps_of_the_authors_acts_on_a_mean_over_1280_cells():
 
 
 def test_names_are_the_files():
-    assert presets.names() == ["authors", "paper"]
+    assert presets.names() == ["authors", "mixture", "paper"]
 
 
 @pytest.mark.parametrize("preset", presets.names())
@@ -126,7 +126,7 @@ def test_a_list_stands_for_the_range():
     ("arguments", "advice"),
     [
         ({"preset": "author"}, "did you mean 'authors'?"),
-        ({"preset": "zzz"}, "expected one of authors, paper"),
+        ({"preset": "zzz"}, "expected one of authors, mixture, paper"),
         ({"preset": "paper", "like": "lastfmm"}, "did you mean 'lastfm'?"),
         ({"preset": "authors", "like": "lastfmm"}, "did you mean 'lastfm'?"),
         ({"hiden_size": 3}, "did you mean 'hidden_size'?"),

@@ -215,7 +215,7 @@ def test_tables(results):
     nll = [record(folder / f"c-gru-{seed}.json")["scores"]["nll"] for seed in range(3)]
     rows = table(folder / "table2.csv")
     assert [r["model"] for r in rows] == [
-        *("unigram", "mf", "hmm", "bigram", "c-gru", "uniform", "personal")
+        *("unigram", "mf", "hmm", "bigram", "c-gru", "uniform", "personal", "mixture")
     ]
     found = rows[4]
     assert float(found["nll"]) == pytest.approx(np.mean(nll), abs=1e-6)

@@ -191,7 +191,8 @@ def test_a_window_by_hand(name):
     assert w.event.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
     assert w.target.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert w.carry.tolist() == [[0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
-    assert [field.dtype.name for field in w] == ["int32"] * 3 + ["float32"] * 3
+    assert w.at.tolist() == [[1, 7, 0, 0], [2, 8, 0, 0], [3, 0, 0, 0], [4, 0, 0, 0]]
+    assert [field.dtype.name for field in w] == ["int32"] * 3 + ["float32"] * 3 + ["int64"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
