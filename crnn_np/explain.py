@@ -49,7 +49,7 @@ class Explanation(NamedTuple):
     ----------
     user : str
     experts : tuple of str
-        Names of the K experts: "softmax", "bigram", "unigram", "pointer 1", ...
+        Names of the K experts: "softmax", "bigram", "unigram", "pointer" or "pointer 1", ...
     shares : float64[K]
         What the gate gives each expert, g_k; their sum is 1.
     items : object[n]
@@ -133,7 +133,7 @@ def explain(
     known = there[0]
     return Explanation(
         user,
-        (*EXPERTS, *(f"pointer {k + 1}" for k in range(spec.pointers))),
+        (*EXPERTS, *_pointers(spec.pointers)),
         g[0],
         log.item_ids[best],
         total[best],
@@ -143,6 +143,10 @@ def explain(
         match[0, known],
         (g[0, STATIC:, None] * alpha[:, 0, known]).T,
     )
+
+
+def _pointers(n: int) -> list[str]:
+    return ["pointer"] if n == 1 else [f"pointer {k + 1}" for k in range(n)]
 
 
 def _replay(backend: ModuleType, spec: Spec, params: MixtureParams, log: EventLog) -> Array:
