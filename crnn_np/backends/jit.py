@@ -47,7 +47,7 @@ from numba.extending import intrinsic, overload
 
 from ..data import EventLog
 from ..history import FLOOR, SMOOTHING, Past
-from ..model import Accumulators, MixtureAccumulators, MixtureParams, Params, Spec
+from ..model import Accumulators, MixtureAccumulators, MixtureParams, Params, Spec, shapes
 from ..optim import Rule
 from ..outputs import STATIC, TIE, Cells, Mixture, lag_buckets, ramps
 from ..windows import GOLDEN, INPUT, OUTPUT, Slice, dropout_threshold
@@ -1228,20 +1228,16 @@ class Mixing(NamedTuple):
     dgate_user: Array  # [B, K]
 
 
-def _mixing(blocks: Mixture, past: Past, memory: int, columns: int, cells: int) -> Mixing:
-    """For windows of at most so many columns and cells."""
+def _mixing_work(blocks: Mixture, memory: int, columns: int, cells: int) -> tuple[Array, ...]:
+    """The work arrays of `Mixing` for windows of at most so many columns and cells.
+
+    Of the blocks only their shapes count.
+    """
     P, L, C = blocks.tau.shape
     Q, K = blocks.gate_in.shape[1], blocks.gate_out.shape[1]
     n = numba.get_num_threads()
     table = (columns, P, memory, C)
-    return Mixing(
-        blocks,
-        past.indptr,
-        past.items,
-        past.features,
-        past.experts,
-        lag_buckets(memory),
-        ramps(memory),
+    return (
         np.empty(table),
         np.empty(table),
         np.empty(table),
@@ -1258,6 +1254,11 @@ def _mixing(blocks: Mixture, past: Past, memory: int, columns: int, cells: int) 
         np.empty((columns, P, C + 1)),
         np.empty((columns, K)),
     )
+
+
+def _mixing(blocks: Mixture, past: Past, memory: int, work: tuple[Array, ...]) -> Mixing:
+    known = past.indptr, past.items, past.features, past.experts
+    return Mixing(blocks, *known, lag_buckets(memory), ramps(memory), *work)
 
 
 @serial
@@ -1439,7 +1440,7 @@ def mixture(
     dtype = W_out.dtype
     H, dH = np.ascontiguousarray(H), np.empty(H.shape, dtype)
     out = _output_work(len(H), *W_out.shape, dtype, store=True)
-    mix = _mixing(mixture, past, memory, len(H), len(H))
+    mix = _mixing(mixture, past, memory, _mixing_work(mixture, memory, len(H), len(H)))
     limits = _sum_limits(dtype)
     losses = _together(len(out.S), _mixture, H, W_out, *cells, dH, _lanes(dtype), limits, out, mix)
     dense = (d.sum(axis=0).astype(dtype) for d in (mix.dtau, mix.dgate_in, mix.dgate_out))
@@ -1601,7 +1602,7 @@ def mixture_score(
     nll, rank = np.empty(N, np.float64), np.empty(N, np.int32)
     out = _output_work(N, *W_out.shape, dtype, whole=False, store=False)
     width = out.S.shape[1]
-    mix = _mixing(mixture, past, memory, width, width)
+    mix = _mixing(mixture, past, memory, _mixing_work(mixture, memory, width, width))
     work = np.empty(width, dtype), np.empty(out.S.shape), np.empty(out.S.shape, np.int32)
     levels, limits = np.empty((3, width), dtype), _sum_limits(dtype)
     H = np.ascontiguousarray(H)
@@ -1636,8 +1637,10 @@ class Work(NamedTuple):
     slot: Array  # i32[I], -1 but inside _move_items
 
 
-def workspace(spec: Spec, n_items: int, batch: int, window: int) -> tuple[Work, Output]:
-    """Work arrays for windows of at most `window` steps of `batch` users."""
+def workspace(
+    spec: Spec, n_items: int, batch: int, window: int
+) -> tuple[Work, Output, tuple[Array, ...]]:
+    """Work arrays for windows of at most `window` steps of `batch` users; the last of a mixture."""
     T, B, D = window, batch, spec.hidden_size
     width, N = spec.gates * D, T * B
     dtype = np.dtype(spec.dtype)
@@ -1669,7 +1672,12 @@ def workspace(spec: Spec, n_items: int, batch: int, window: int) -> tuple[Work, 
         dH_cells=real(N, D),
         slot=np.full(n_items, -1, np.int32),
     )
-    return work, out
+    own: tuple[Array, ...] = ()
+    if spec.output == "mixture":
+        sizes = shapes(spec, B, n_items)
+        blocks = Mixture(*(np.empty(sizes[name]) for name in Mixture._fields))
+        own = _mixing_work(blocks, spec.memory, B, N)
+    return work, out, own
 
 
 @serial
@@ -1933,7 +1941,7 @@ def train_run(
     s: Array,
     log: EventLog,
     run: Slice,
-    work: tuple[Work, Output],
+    work: tuple[Work, Output, tuple[Array, ...]],
     past: Past | None,
 ) -> tuple[float, int]:
     """The loop over `training.step`, compiled into one call; it leaves out clipping.
@@ -1959,11 +1967,10 @@ def train_run(
         return dropout_threshold(p), real(1) / real(1 - p)
 
     numbers = (rule.learning_rate, rule.rho, 1 - rule.rho, rule.eps)
-    arrays, out = work
+    arrays, out, own = work
     mix = squares = None
     if spec.output == "mixture":
-        B, T = arrays.x.shape
-        mix = _mixing(params.mixture, past, spec.memory, B, B * T)
+        mix = _mixing(params.mixture, past, spec.memory, own)
         squares = accumulators.mixture
     results = _together(
         len(out.S),
