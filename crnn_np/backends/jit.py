@@ -1127,38 +1127,55 @@ def _rank_tiles(p, n, W_out, m, lanes, out, target, sums, ahead):
 
 
 @serial
-def _score(p, n, gate, H, W_out, y, lanes, limits, out, target, sums, ahead, nll, rank):
-    """`score` in blocks; target [width], sums f64 and ahead i32 [threads, width] are work."""
-    D, width = W_out.shape[1], out.total.shape[1]
-    ld = out.HT.shape[1]
-    W, HT = W_out.reshape(-1), out.HT.reshape(-1)
-    some = np.empty(lanes, H.dtype)
-    for lo in range(0, H.shape[0], width):
-        N = min(width, H.shape[0] - lo)
-        m = (N + lanes - 1) // lanes * lanes
-        begin, end = _share(p, n, m, lanes)
-        _load_states(H[lo : lo + N], begin, end, H.dtype.type(1), out)
-        for j in range(begin, min(end, N)):
-            base = j // lanes * lanes
-            _product(
-                ALONG_K, False, 1, lanes, D, lanes, W, y[lo + j] * D, D, HT, base, ld, some, 0,
-                lanes, some, 0, 0,
-            )  # fmt: skip
-            target[j] = some[j - base]
+def _one_score(W_out, i, j, lanes, out, some):
+    """The score of item i for event j, summed in the order of the tiles; some [lanes] is work."""
+    D, ld = W_out.shape[1], out.HT.shape[1]
+    W, HT, base = W_out.reshape(-1), out.HT.reshape(-1), j // lanes * lanes
+    _product(
+        ALONG_K, False, 1, lanes, D, lanes, W, i * D, D, HT, base, ld, some, 0, lanes, some, 0, 0
+    )
+    return some[j - base]
+
+
+@serial
+def _score_block(p, n, gate, H, W_out, y, lanes, limits, out, target, sums, ahead):
+    """One block of events: the targets' scores, and `_rank_tiles`, with a shift where need be.
+
+    Returns the first and last + 1 of thread p's events.
+    """
+    N, some = y.size, np.empty(lanes, H.dtype)
+    m = (N + lanes - 1) // lanes * lanes
+    begin, end = _share(p, n, m, lanes)
+    _load_states(H, begin, end, H.dtype.type(1), out)
+    end = min(end, N)
+    for j in range(begin, end):
+        target[j] = _one_score(W_out, y[j], j, lanes, out, some)
+    _meet(n, gate)
+    out.shift[p] = 0
+    _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
+    _meet(n, gate)
+    safe = True
+    for j in range(N):
+        safe = safe and limits[0] < sums[:, j].sum() < limits[1]
+    if not safe:
+        for j in range(m):
+            out.shift[p, j] = out.S[:, j].max()
         _meet(n, gate)
-        out.shift[p] = 0
         _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
         _meet(n, gate)
-        safe = True
-        for j in range(N):
-            safe = safe and limits[0] < sums[:, j].sum() < limits[1]
-        if not safe:
-            for j in range(m):
-                out.shift[p, j] = out.S[:, j].max()
-            _meet(n, gate)
-            _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
-            _meet(n, gate)
-        for j in range(begin, min(end, N)):
+    return begin, end
+
+
+@serial
+def _score(p, n, gate, H, W_out, y, lanes, limits, out, target, sums, ahead, nll, rank):
+    """`score` in blocks; target [width], sums f64 and ahead i32 [threads, width] are work."""
+    width = out.total.shape[1]
+    for lo in range(0, H.shape[0], width):
+        hi = min(lo + width, H.shape[0])
+        begin, end = _score_block(
+            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, target, sums, ahead
+        )
+        for j in range(begin, end):
             shift = np.float64(out.shift[p, j]) - np.float64(target[j])
             nll[lo + j] = math.log(sums[:, j].sum()) + shift
             rank[lo + j] = ahead[:, j].sum()
@@ -1473,24 +1490,12 @@ def _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead):
 
 
 @serial
-def _one_score(W_out, i, j, lanes, out, some):
-    """The score of item i for event j, summed in the order of the tiles; some [lanes] is work."""
-    D, ld = W_out.shape[1], out.HT.shape[1]
-    W, HT, base = W_out.reshape(-1), out.HT.reshape(-1), j // lanes * lanes
-    _product(
-        ALONG_K, False, 1, lanes, D, lanes, W, i * D, D, HT, base, ld, some, 0, lanes, some, 0, 0
-    )
-    return some[j - base]
-
-
-@serial
 def _mixture_score(
     p, n, gate, H, W_out, y, user, at, lanes, limits, out, target, sums, ahead, levels, mix,
     begin_of, follower, count, unigram, own_indptr, own_items, nll, rank,
 ):  # fmt: skip
     """`mixture_score` in blocks; levels real[3, width]: offset, flat and cut of each event."""
     width = out.total.shape[1]
-    real = H.dtype.type
     some = np.empty(lanes, H.dtype)
     extra = np.zeros(unigram.size)  # of an event: what the past and the bigram add to an item
     touched, seen = np.empty(unigram.size, np.int64), np.zeros(unigram.size, np.bool_)
@@ -1498,26 +1503,11 @@ def _mixture_score(
     everything = unigram.sum()
     offset, flat, cut = levels
     for lo in range(0, H.shape[0], width):
-        N = min(width, H.shape[0] - lo)
-        m = (N + lanes - 1) // lanes * lanes
-        begin, end = _share(p, n, m, lanes)
-        _load_states(H[lo : lo + N], begin, end, real(1), out)
-        for j in range(begin, min(end, N)):
-            target[j] = _one_score(W_out, y[lo + j], j, lanes, out, some)
-        _meet(n, gate)
-        out.shift[p] = 0
-        _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
-        _meet(n, gate)
-        safe = True
-        for j in range(N):
-            safe = safe and limits[0] < sums[:, j].sum() < limits[1]
-        if not safe:
-            for j in range(m):
-                out.shift[p, j] = out.S[:, j].max()
-            _meet(n, gate)
-            _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
-            _meet(n, gate)
-        for j in range(begin, min(end, N)):
+        hi = min(lo + width, H.shape[0])
+        begin, end = _score_block(
+            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, target, sums, ahead
+        )
+        for j in range(begin, end):
             c = lo + j
             u = user[c]
             _begin_column(j, u, mix)
@@ -1536,12 +1526,11 @@ def _mixture_score(
             offset[j] = math.log(g[0]) - norm
             flat[j] = (g[2] + g[1] * SMOOTHING / context) / others
             cut[j] = total * (1 - TIE)
-        for j in range(max(begin, N), end):
-            offset[j], flat[j], cut[j] = 0, 0, 0
         _meet(n, gate)
+        m = (hi - lo + lanes - 1) // lanes * lanes
         _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead[p])
         _meet(n, gate)
-        for j in range(begin, min(end, N)):
+        for j in range(begin, end):
             c = lo + j
             u, g, x = user[c], mix.share[j], mix.items[at[c]]
             own = own_items[own_indptr[u] : own_indptr[u + 1]]
@@ -1604,7 +1593,7 @@ def mixture_score(
     width = out.S.shape[1]
     mix = _mixing(mixture, past, memory, _mixing_work(mixture, memory, width, width))
     work = np.empty(width, dtype), np.empty(out.S.shape), np.empty(out.S.shape, np.int32)
-    levels, limits = np.empty((3, width), dtype), _sum_limits(dtype)
+    levels, limits = np.zeros((3, width), dtype), _sum_limits(dtype)
     H = np.ascontiguousarray(H)
     _together(
         len(out.S), _mixture_score, H, W_out, *cells, _lanes(dtype), limits, out, *work, levels,
