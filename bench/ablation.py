@@ -8,15 +8,16 @@ turns of an epoch, so that the speeds compare, and prints its lowest error on th
 are those of the preset ``mixture``.
 
 A distribution is left out by a share of the gate that starts at 0 and so stays there; a block of
-parameters by holding it at 0 after every window.
+parameters by holding it at 0 after every window. A bag is what is left of a GRU without W_h: its
+state is a gated moving average of the items' embeddings.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numba
@@ -38,7 +39,7 @@ class Variant(NamedTuple):
 
     settings: dict
     begin: Callable[[model.MixtureParams], None]
-    hold: dict[str, slice]
+    hold: Sequence[tuple[str, Any]]  # block and index
 
 
 def leave_out(*distributions: int) -> Callable[[model.MixtureParams], None]:
@@ -54,22 +55,29 @@ def nothing(params: model.Params) -> None:
     """Leave the parameters as they are."""
 
 
-EVEN = {"gate_in": slice(None), "gate_out": Q}  # a gate of a constant and the user's own row
+ALL = slice(None)
+EVEN = [("gate_in", ALL), ("gate_out", Q)]  # a gate of a constant and the user's own row
+D = presets.resolve("mixture").spec.hidden_size
+BAG = slice(D, None)  # the second half of 2 D units
+BAG_ONLY = [("W_h", (ALL, BAG))] + [
+    ("W_h", (ALL, ALL, slice(k * D, (k + 1) * D))) for k in (1, 3, 5)
+]
 VARIANTS = {
-    "C-GRU": Variant({"output": "softmax"}, nothing, {}),
+    "C-GRU": Variant({"output": "softmax"}, nothing, []),
     "+ pointers": Variant({}, leave_out(1, 2), EVEN),
     "+ bigram and unigram": Variant({}, nothing, EVEN),
-    "+ gate with counts": Variant({}, nothing, {"gate_in": slice(F, None)}),
-    "+ state in the gate: the mixture": Variant({}, nothing, {}),
-    "the mixture with two pointers": Variant({"pointers": 2}, nothing, {}),
-    "the mixture with tanh cells": Variant({"cell": "tanh", "learning_rate": 0.002}, nothing, {}),
-    "the mixture with a pooled GRU": Variant({"sharing": "pooled"}, nothing, {}),
-    "the mixture with W_h = 0, a gated bag": Variant({}, nothing, {"W_h": slice(None)}),
+    "+ gate with counts": Variant({}, nothing, [("gate_in", slice(F, None))]),
+    "+ state in the gate: the mixture": Variant({}, nothing, []),
+    "+ bag": Variant({"hidden_size": 2 * D}, nothing, BAG_ONLY),
+    "the mixture with two pointers": Variant({"pointers": 2}, nothing, []),
+    "the mixture with tanh cells": Variant({"cell": "tanh", "learning_rate": 0.002}, nothing, []),
+    "the mixture with a pooled GRU": Variant({"sharing": "pooled"}, nothing, []),
+    "the mixture with a bag for the GRU": Variant({}, nothing, [("W_h", ALL)]),
     "the mixture without recurrence": Variant(
-        {"cell": "tanh", "learning_rate": 0.002}, nothing, {"W_h": slice(None)}
+        {"cell": "tanh", "learning_rate": 0.002}, nothing, [("W_h", ALL)]
     ),
     "the mixture without a network": Variant(
-        {}, leave_out(0), {"gate_in": slice(F, None), "W_h": slice(None)}
+        {}, leave_out(0), [("gate_in", slice(F, None)), ("W_h", ALL)]
     ),
 }
 
@@ -92,8 +100,8 @@ class Trial:
         self.scores: list[dict] = []
 
     def hold(self) -> None:
-        for name, rows in self.variant.hold.items():
-            getattr(self.params, name)[rows] = 0
+        for name, index in self.variant.hold:
+            getattr(self.params, name)[index] = 0
 
     def epoch(self) -> None:
         """Train one more epoch and validate."""
@@ -115,10 +123,11 @@ class Trial:
 
     def result(self) -> dict:
         best = min(self.scores, key=lambda score: score["nll"])
-        blocks = self.params._asdict()
-        held = {name: blocks[name][rows].size for name, rows in self.variant.hold.items()}
+        for block in self.params:
+            block[...] = 1
+        self.hold()
         return {
-            "parameters": sum(b.size for b in blocks.values()) - sum(held.values()),
+            "parameters": sum(np.count_nonzero(block) for block in self.params),
             "events_per_second": statistics.median(self.rates),
             "epoch": self.scores.index(best) + 1,
             **{name: best[name] for name in ("nll", "recall@20", "mrr@20")},

@@ -18,7 +18,7 @@ class CollaborativeRNN:
     Parameters
     ----------
     preset : str or None
-        Named settings to start from, "paper" or "authors"; None for the bare defaults.
+        Named settings to start from, "mixture", "authors" or "paper"; None for the bare defaults.
     like : str, optional
         Kind of log, for presets that have settings of their own for it ("lastfm").
     backend : {"numba", "numpy"}
@@ -33,8 +33,9 @@ class CollaborativeRNN:
         Of the next fit.
     fitted : Settings or None
         Of the parameters.
-    params : Params or None
-        W_h real[U or 1, D, G*D], W_in real[I, G*D], W_out real[I, D] once fitted.
+    params : Params, MixtureParams or None
+        W_h real[U or 1, D, G*D], W_in real[I, G*D], W_out real[I, D] once fitted, and the blocks of
+        `outputs.Mixture` with output "mixture".
     accumulators : Accumulators or None
     reports : list of Report
         One for each epoch of the last fit, without the arrays.

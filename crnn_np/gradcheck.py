@@ -276,6 +276,7 @@ def setting(case: Case, cell: str, sharing: str, output: str):
         init_state=case.init,
         dropout_in=case.dropout,
         dropout_out=case.dropout,
+        pointers=2,
         memory=12,
         gate_size=3,
         dtype="float64",

@@ -97,7 +97,6 @@ def softmax_score(H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
 
 
 OUTPUTS = {"softmax": (softmax_loss, softmax_score)}
-OUTPUTS = {"softmax": (softmax_loss, softmax_score)}
 
 
 def lag_buckets(memory: int) -> Array:
