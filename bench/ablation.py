@@ -127,7 +127,7 @@ class Trial:
             block[...] = 1
         self.hold()
         return {
-            "parameters": sum(np.count_nonzero(block) for block in self.params),
+            "parameters": int(sum(np.count_nonzero(block) for block in self.params)),
             "events_per_second": statistics.median(self.rates),
             "epoch": self.scores.index(best) + 1,
             **{name: best[name] for name in ("nll", "recall@20", "mrr@20")},
