@@ -64,7 +64,7 @@ BAG_ONLY = [("W_h", (ALL, BAG))] + [
 ]
 VARIANTS = {
     "C-GRU": Variant({"output": "softmax"}, nothing, []),
-    "+ pointers": Variant({}, leave_out(1, 2), EVEN),
+    "+ pointer": Variant({}, leave_out(1, 2), EVEN),
     "+ bigram and unigram": Variant({}, nothing, EVEN),
     "+ gate with counts": Variant({}, nothing, [("gate_in", slice(F, None))]),
     "+ state in the gate: the mixture": Variant({}, nothing, []),
