@@ -50,7 +50,7 @@ class Limit(NamedTuple):
 LIMITS = (
     Limit("numpy", "float64", "complex step", 1e-12),
     Limit("numba", "float64", "numpy float64", 1e-11),
-    Limit("numba", "float32", "numpy float64", 2e-6),  # measured: 6e-7
+    Limit("numba", "float32", "numpy float64", 2e-6),  # measured: 8e-7
 )
 
 
