@@ -326,9 +326,8 @@ def _settings_options(command):
 @click.option(
     "--preset",
     type=click.Choice(presets.names()),
-    default="paper",
-    show_default=True,
-    help="Settings to start from; the options below change single ones.",
+    help="Settings to start from; the options below change single ones.  [default: mixture with "
+    "--model or --output mixture, else paper]",
 )
 @click.option(
     "--backend",
@@ -373,6 +372,7 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
         model.save(out)
         click.echo(f"{model}\nmodel written to {out}")
         return
+    preset = preset or ("mixture" if "mixture" in (name, changes.get("output")) else "paper")
     changes |= {"preset": preset, "like": data.load_stats(directory)["like"], "backend": backend}
     model = methods.new(name, **changes) if name else CollaborativeRNN(**changes)
     if dry_run:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from crnn_np import cli, data, datasets, reading
+from crnn_np import cli, data, datasets, presets, reading
 from crnn_np.cli import main
 from crnn_np.errors import DataError
 from crnn_np.estimator import CollaborativeRNN
@@ -388,6 +388,24 @@ def test_an_rnn_by_name(prepared, tmp_path):
     result = run("train", prepared / "table", "--model", "c-tanh", "--out", out, *SMALL)
     assert result.exit_code == 0, result.output
     assert CollaborativeRNN.load(out).settings.spec.cell == "tanh"
+
+
+@pytest.mark.parametrize(
+    ("given", "preset"),
+    [
+        (("--model", "mixture"), "mixture"),
+        (("--output", "mixture"), "mixture"),
+        (("--model", "mixture", "--preset", "authors"), "authors"),
+        ((), "paper"),
+    ],
+)
+def test_the_preset_that_goes_with_a_model(prepared, tmp_path, given, preset):
+    options = ("--backend", "numpy", "--epochs", 1, "--patience", 0)
+    result = run("train", prepared / "table", "--out", tmp_path / "m", *given, *options)
+    assert result.exit_code == 0, result.output
+    settings = CollaborativeRNN.load(tmp_path / "m").settings
+    assert settings.rule == presets.resolve(preset).rule
+    assert settings.spec.output == ("mixture" if given else "softmax")
 
 
 @pytest.fixture
