@@ -1325,9 +1325,8 @@ def _weight(k, i, c, b, n, mix):
 @serial
 def _mix_forward(n, b, user, at, y, h, mix):
     """Cell n of column b: shares g, p_k(y) of all but the softmax, and their sum."""
-    first, count = mix.indptr[user], 0
     match, g, p = mix.match[n], mix.share[n], mix.p[n]
-    count = _recall(first, at, mix.items, match)
+    count = _recall(mix.indptr[user], at, mix.items, match)
     p[1], p[2] = mix.experts[at, 0], mix.experts[at, 1]
     for k in range(mix.table.shape[1]):
         table = mix.table[b, k]
@@ -1470,7 +1469,7 @@ def mixture(
 def _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead):
     """Over thread p's tiles: ahead[j] items of which softmax and unigram alone reach the cut.
 
-    An item's probability is there 2 ** (score + offset) + flat (unigram + FLOOR).
+    An item's probability is there exp(score + offset) + flat (unigram + FLOOR).
     """
     items, D = W_out.shape
     ld = out.HT.shape[1]
