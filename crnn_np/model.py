@@ -65,7 +65,7 @@ class Spec:
     candidate: Literal["tanh", "sigmoid"] = "tanh"
     output: Literal["softmax", "mixture"] = "softmax"
     pointers: int = 1
-    memory: int = 512
+    memory: int = 4096
     gate_size: int = 16
     init_state: float = 0.0
     dropout_in: float = 0.0

@@ -1228,6 +1228,7 @@ class Mixing(NamedTuple):
     experts: Array  # f64[E, 2]
     bucket: Array  # i64[M]
     ramp: Array  # [M]
+    reach: Array  # i64[B], lags of the table that the column's events have
     scores: Array  # [B, P, M, MATCHES]
     table: Array  # [B, P, M, MATCHES], exp(scores - their maximum)
     dtable: Array  # [B, P, M, MATCHES], dL/dscores
@@ -1255,6 +1256,7 @@ def _mixing_work(blocks: Mixture, memory: int, columns: int, cells: int) -> tupl
     n = numba.get_num_threads()
     table = (columns, P, memory, C)
     return (
+        np.empty(columns, np.int64),
         np.empty(table),
         np.empty(table),
         np.empty(table),
@@ -1279,11 +1281,13 @@ def _mixing(blocks: Mixture, past: Past, memory: int, work: tuple[Array, ...]) -
 
 
 @serial
-def _begin_column(b, user, mix):
-    """The tables of column b's pointers."""
+def _begin_column(b, user, last, mix):
+    """The tables of column b's pointers, whose last event is `last`."""
     tau, nu = mix.blocks.tau, mix.blocks.nu[user]
     M, C = mix.table.shape[2:]
-    mix.dtable[b] = 0
+    M = min(last - mix.indptr[user] + 1, M)
+    mix.reach[b] = M
+    mix.dtable[b, :, :M] = 0
     mix.dnu[b] = 0
     mix.dgate_user[b] = 0
     for k in range(tau.shape[0]):
@@ -1418,10 +1422,10 @@ def _mix_backward(t, n, b, user, at, y, h, scale, dh, mix):
 @serial
 def _end_column(t, b, mix):
     """From dL/dscores of column b to dtau of thread t and dnu."""
-    P, M, C = mix.table.shape[1:]
+    P, _, C = mix.table.shape[1:]
     for k in range(P):
         own = mix.dnu[b, k]
-        for i in range(M):
+        for i in range(mix.reach[b]):
             row = 0.0
             for c in range(C):
                 d = mix.dtable[b, k, i, c]
@@ -1437,7 +1441,7 @@ def _mixture(p, n, gate, H, W_out, y, user, at, dH, lanes, limits, out, mix):
     one = np.float64(1)
     begin, end = _share(p, n, y.size, 1)
     for c in range(begin, end):
-        _begin_column(c, user[c], mix)
+        _begin_column(c, user[c], at[c], mix)
         _mix_forward(c, c, user[c], at[c], y[c], H[c], mix)
     _meet(n, gate)
     blend = mix.share, mix.p, mix.total
@@ -1509,7 +1513,7 @@ def _mixture_score(
         for j in range(begin, end):
             c = lo + j
             u = user[c]
-            _begin_column(j, u, mix)
+            _begin_column(j, u, at[c], mix)
             _mix_forward(j, j, u, at[c], y[c], H[c], mix)
             norm = math.log(sums[:, j].sum()) + np.float64(out.shift[p, j])
             g, x = mix.share[j], mix.items[at[c]]
@@ -1751,7 +1755,7 @@ def _move_recurrent(p, n, kind, T, user, length, lanes, W_h, ms, rule, work):
 
 @serial
 def _mix_window_forward(b, T, B, user, first, start, drop, work, mix):
-    """H of column b's cells, with output dropout, and what the mixture makes of them."""
+    """H of the cells in column b's T events, with output dropout, and their mixtures."""
     D = work.H.shape[1]
     begun = False
     for t in range(T):
@@ -1759,7 +1763,7 @@ def _mix_window_forward(b, T, B, user, first, start, drop, work, mix):
         if c < 0:
             continue
         if not begun:
-            _begin_column(b, user, mix)
+            _begin_column(b, user, first + T - 1, mix)
             begun = True
         work.H[c] = work.cell.states[b, t + 1]
         if drop[0]:
@@ -1857,7 +1861,7 @@ def _train(
             work.dH[b, :T] = 0
             if mix is not None:
                 at = indptr[user[b]] + run.start[k, b]
-                _mix_window_forward(b, T, B, user[b], at, start_out, drop_out, work, mix)
+                _mix_window_forward(b, length[b], B, user[b], at, start_out, drop_out, work, mix)
         _meet(n, gate)
 
         blocks = max((N + block - 1) // block, 1)
