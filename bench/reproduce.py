@@ -70,8 +70,10 @@ class Job(NamedTuple):
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What a run that is there already must have been made from."""
-        return {"settings": self.settings, "data_sha256": self.of.facts["sha256"]}
+        """What a run that is there already must have been made from, presets spelled out."""
+        settings = methods.new(self.model, **self.settings).get_params()
+        asked = {"settings": settings, "data_sha256": self.of.facts["sha256"]}
+        return json.loads(json.dumps(asked))  # as a record has it
 
     @property
     def checkpoint(self) -> Path:

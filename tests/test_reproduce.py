@@ -11,7 +11,7 @@ import pytest
 import reproduce
 from click.testing import CliRunner
 
-from crnn_np import datasets, methods, model, synthetic
+from crnn_np import datasets, estimator, methods, model, presets, synthetic
 from crnn_np.baselines import Bigram
 from crnn_np.errors import DataError
 
@@ -246,6 +246,26 @@ def test_a_run_does_not_go_on_from_one_with_other_settings(logs, tmp_path, monke
     assert result.exit_code == 0, result.output
     assert len(record(tmp_path / "shop" / "c-gru-0.json")["epochs"]) == 1
     assert not list(tmp_path.rglob("*.checkpoint*"))
+
+
+def test_a_run_is_made_anew_where_its_preset_changed(logs, tmp_path, monkeypatch):
+    options = ("--datasets", "shop", "--epochs", 1, "--seeds", 1)
+    file = tmp_path / "shop" / "c-gru-0.json"
+
+    def written():
+        result = run(logs, tmp_path, *options, models=("c-gru",))
+        assert result.exit_code == 0, result.output
+        return file.stat().st_mtime_ns
+
+    assert written() == written()
+    default = presets.resolve
+
+    def changed(preset="paper", like=None, **settings):
+        return default(preset, like, **{"learning_rate": 0.001} | settings)
+
+    monkeypatch.setattr(estimator, "resolve", changed)
+    assert written() == written()
+    assert record(file)["resolved"]["learning_rate"] == 0.001
 
 
 def test_what_is_no_raw_log_is_left_out(whole, tmp_path, capsys):
