@@ -46,6 +46,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 from ..data import EventLog
+from ..errors import SettingsError
 from ..history import FLOOR, SMOOTHING, Past
 from ..model import Accumulators, MixtureAccumulators, MixtureParams, Params, Spec, shapes
 from ..optim import Rule
@@ -104,7 +105,28 @@ def _as_float32(context, x):
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def _bits(context, x):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
 f32 = np.float32
+
+
+@exact
+def _half(x):
+    """The bits of the bfloat16 nearest to a float32, ties to even."""
+    bits = _bits(x)
+    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+
+@exact
+def _unhalf(bits):
+    """float32 of the bits of a bfloat16."""
+    return _as_float32(np.int32(np.uint32(bits) << np.uint32(16)))
 
 
 @exact
@@ -285,6 +307,7 @@ _features = (
 )  # what Numba compiles for
 AVX512 = "+avx512f" in _features
 VECTOR_BYTES = 64 if AVX512 else 32 if "+avx2" in _features else 16
+HALF = AVX512 and "+avx512bf16" in _features  # products of pairs of bfloat16
 ROWS = 8 if AVX512 or "+neon" in _features else 6  # 32 vector registers, else 16
 
 LOG2_E = 1 / math.log(2)
@@ -351,23 +374,42 @@ def _vector_exp2(builder, x, bits, lanes):
 ALONG_K, ALONG_M = 0, 1  # the direction in which A's elements are neighbours
 
 
-def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
-    """The LLVM code of `_block` and `_exp_block`, whose docstrings say what it does.
+def _vector_half(builder, values, lanes):
+    """`_half` of vectors, in the upper 16 bits of their elements; the lower ones are left over."""
+    integers = ir.VectorType(ir.IntType(32), lanes)
 
-    types_of : Numba types of the arrays A, B, C, P and S (the last two or None).
-    values : add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, S, so; None for what
-    is not there.
+    def constant(value):
+        return ir.Constant(integers, [value] * lanes)
+
+    for value in values:
+        bits = builder.bitcast(value, integers)
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        yield builder.add(builder.add(bits, constant(0x7FFF)), odd)
+
+
+def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
+    """The LLVM code of `_block`, `_exp_block` and `_exp_half_block`; their docstrings say what.
+
+    types_of : Numba types of the arrays A, B, C, P, S and Q (the last three or None). Where A is of
+    integers, A, B and P are words of two bfloat16 each, and so are their offsets.
+    values : add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, S, so, Q, qo, qrs;
+    None for what is not there.
     """
-    add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, S, so = values
+    add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, S, so, Q, qo, qrs = values
     masked, n_vectors = n_vectors == 0, max(n_vectors, 1)
-    bits = types_of[0].dtype.bitwidth
+    words = isinstance(types_of[0].dtype, types.Integer)
+    bits = 32 if words else types_of[0].dtype.bitwidth
     lanes = VECTOR_BYTES * 8 // bits
-    i1, i8, i32, i64 = (ir.IntType(n) for n in (1, 8, 32, 64))
+    i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
     vector = ir.VectorType(ir.FloatType() if bits == 32 else ir.DoubleType(), lanes)
     pointer_type, shape, nothing = vector.as_pointer(), f"v{lanes}f{bits}", ir.VoidType()
     undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0.0] * lanes)
     everywhere = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
-    fma = _function(builder, f"fmuladd.{shape}", vector, vector, vector, vector)
+    if words:
+        integers = ir.VectorType(i32, lanes)
+        dot = _function(builder, "x86.avx512bf16.dpbf16ps.512", vector, vector, integers, integers)
+    else:
+        dot = _function(builder, f"fmuladd.{shape}", vector, vector, vector, vector)
     if masked:
         flags, numbers = ir.VectorType(i1, lanes), ir.VectorType(i64, lanes)
         count = builder.insert_element(ir.Constant(numbers, ir.Undefined), left, i32(0))
@@ -381,7 +423,10 @@ def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
         )
 
     def pointer(kind, array, offset):
-        return builder.gep(context.make_array(kind)(context, builder, array).data, [offset])
+        data = context.make_array(kind)(context, builder, array).data
+        if words:
+            data = builder.bitcast(data, vector.element.as_pointer())
+        return builder.gep(data, [offset])
 
     def at(base, n):
         return builder.gep(base, [i64(n)])
@@ -398,6 +443,11 @@ def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
             builder.call(masked_store, [value, p, i32(bits // 8), mask])
         else:
             builder.store(value, p, align=bits // 8)
+
+    def times(a, b, c):
+        if not words:
+            return builder.call(dot, [a, b, c])
+        return builder.call(dot, [c, *(builder.bitcast(x, integers) for x in (a, b))])
 
     def spread(p):
         one = builder.insert_element(undefined, builder.load(p), i32(0))
@@ -432,7 +482,7 @@ def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
     for i in range(n_rows):
         a_ik = spread(builder.gep(moving[0], [steps[i]]))
         for v in range(n_vectors):
-            new.append(builder.call(fma, [a_ik, b_vectors[v], sums[i * n_vectors + v]]))
+            new.append(times(a_ik, b_vectors[v], sums[i * n_vectors + v]))
     next_k = builder.sub(k, i64(1))
     moved = [builder.gep(p, [by]) for p, by in zip(moving, strides, strict=True)]
     for phi, first, again, value in zip(
@@ -455,8 +505,30 @@ def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
             for i in range(n_rows):
                 value = builder.fadd(value, new[i * n_vectors + v])
             store(value, total)
-    for value, cell in zip(new, cells, strict=True):
-        store(value, cell)
+    if Q is None:
+        for value, cell in zip(new, cells, strict=True):
+            store(value, cell)
+        return context.get_dummy_value()
+    rounded = list(_vector_half(builder, new, lanes))
+    small, integers = (ir.VectorType(ir.IntType(n), lanes) for n in (16, 32))
+    sixteen, upper = (ir.Constant(integers, [n] * lanes) for n in (16, 0xFFFF0000))
+    low = [builder.lshr(value, sixteen) for value in rounded]
+    e = builder.bitcast(context.make_array(types_of[2])(context, builder, C).data, i16.as_pointer())
+    q = pointer(types_of[5], Q, qo)
+    for i in range(n_rows):
+        row = builder.gep(e, [builder.add(co, builder.mul(crs, i64(i)))])
+        for v in range(n_vectors):
+            at_row = builder.bitcast(at(row, lanes * v), small.as_pointer())
+            builder.store(builder.trunc(low[i * n_vectors + v], small), at_row, align=2)
+    for i in range(0, n_rows, 2):
+        row = builder.gep(q, [builder.mul(qrs, i64(i // 2))])
+        for v in range(n_vectors):
+            word = low[i * n_vectors + v]
+            if i + 1 < n_rows:
+                above = builder.and_(rounded[(i + 1) * n_vectors + v], upper)
+                word = builder.or_(word, above)
+            place = builder.bitcast(at(row, lanes * v), integers.as_pointer())
+            builder.store(word, place, align=4)
     return context.get_dummy_value()
 
 
@@ -476,7 +548,8 @@ def _block(
     shape = rows.literal_value, vectors.literal_value, along.literal_value == ALONG_K
 
     def codegen(context, builder, signature, args):
-        return _emit_block(context, builder, (A, B, C, P, None), (*args[3:], None, None), *shape)
+        values = *args[3:], None, None, None, None, None
+        return _emit_block(context, builder, (A, B, C, P, None, None), values, *shape)
 
     arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, n_)
     return types.none(rows, vectors, along, types.boolean, *arrays), codegen
@@ -489,10 +562,29 @@ def _exp_block(context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K,
 
     def codegen(context, builder, signature, args):
         *product, S_, so_ = args[2:]
-        values = ir.IntType(8)(0), *product, None, None, None, None, S_, so_
-        return _emit_block(context, builder, (A, B, C, None, S), values, *shape)
+        values = ir.IntType(8)(0), *product, None, None, None, None, S_, so_, None, None, None
+        return _emit_block(context, builder, (A, B, C, None, S, None), values, *shape)
 
     arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, S, n_)
+    return types.none(rows, vectors, *arrays), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _exp_half_block(
+    context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K, S, so, Q, qo, qrs
+):
+    """As `_exp_block` on words of two bfloat16, C u16 with offsets of its own elements.
+
+    Q (words, rows qrs apart) gets C again, two rows to a word; a last row alone is beside 0.
+    """
+    shape = rows.literal_value, vectors.literal_value, True
+
+    def codegen(context, builder, signature, args):
+        *product, S_, so_, Q_, qo_, qrs_ = args[2:]
+        values = ir.IntType(8)(0), *product, None, None, None, None, S_, so_, Q_, qo_, qrs_
+        return _emit_block(context, builder, (A, B, C, None, S, Q), values, *shape)
+
+    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, S, n_, Q, n_, n_)
     return types.none(rows, vectors, *arrays), codegen
 
 
@@ -573,6 +665,28 @@ def _exp_product(M, N, K, lanes, A, ao, stride, B, bks, C, co, crs, S):
                 m = n + lanes
                 _exp_block(1, 1, A, a, stride, B, m, bks, C, c + lanes, crs, K, S, m)
             i += 1
+
+
+@serial
+def _exp_half_product(M, N, K, lanes, A, stride, B, bks, C, co, crs, S, Q, qrs):
+    """`_exp_product` on words of two bfloat16; C u16, and Q with two rows to a word."""
+    for n in range(0, N, 2 * lanes):
+        two = n + 2 * lanes <= N
+        i = 0
+        while i + ROWS <= M:
+            a, c, q = i * stride, co + i * crs + n, i // 2 * qrs + n
+            if two:
+                _exp_half_block(ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, S, n, Q, q, qrs)
+            else:
+                _exp_half_block(ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, S, n, Q, q, qrs)
+            i += ROWS
+        for lo in range(n, min(n + 2 * lanes, N), lanes):
+            for j in range(i, M, 2):
+                a, c, q = j * stride, co + j * crs + lo, j // 2 * qrs + lo
+                if j + 2 <= M:
+                    _exp_half_block(2, 1, A, a, stride, B, lo, bks, C, c, crs, K, S, lo, Q, q, qrs)
+                else:
+                    _exp_half_block(1, 1, A, a, stride, B, lo, bks, C, c, crs, K, S, lo, Q, q, qrs)
 
 
 @serial
@@ -824,7 +938,9 @@ def cell_backward(
 class Output(NamedTuple):
     """Work arrays of the output layer, for blocks of at most `width` events.
 
-    Rows of `ld` or `Dp` elements hold `width` or D of them (`_row_length`).
+    Rows of `ld` or `Dp` elements hold `width` or D of them (`_row_length`). With bfloat16 products
+    HT is u16[D / 2, ld, 2], E u16[I, 2 * ld / 2], G u16[width / 2, Dp, 2]: what a product sums
+    over goes by twos, to the word.
     """
 
     HT: Array  # [D, ld], H of the block transposed, times log2(e)
@@ -836,6 +952,10 @@ class Output(NamedTuple):
     G: Array  # [width, Dp]
     tile: Array  # [threads, TILE * max(D, ld)], dW_out or scores of a tile
     dW_out: Array  # [I, D], where a window has more than one block
+    # of a tile, for bfloat16 products: W_out, by twos along D and along items, and E along items
+    W_rows: Array  # u16[threads, TILE, 2 * D / 2]
+    W_pairs: Array  # u32[threads, TILE / 2, D]
+    E_pairs: Array  # u32[threads, TILE / 2, ld]
 
 
 LINE = 64  # bytes
@@ -865,26 +985,221 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Array:
 
 
 def _output_work(
-    N: int, items: int, D: int, dtype: np.dtype, whole: bool = True, store: bool | None = None
+    N: int,
+    items: int,
+    D: int,
+    dtype: np.dtype,
+    whole: bool = True,
+    store: bool | None = None,
+    half: bool = False,
 ) -> Output:
-    """For at most N events; `whole` for training, `store` to have dW_out."""
+    """For at most N events; `whole` for training, `store` to have dW_out, `half` for bfloat16."""
     lanes = _lanes(dtype)
     width = min(-(-max(N, 1) // lanes) * lanes, _block_width(D))
     ld, Dp = _row_length(width, dtype), _row_length(D, dtype)
     n = numba.get_num_threads()
     store = N > width if store is None else store
+    narrow, word = np.uint16 if half else dtype, np.uint32
+    D_even = D + D % 2
     shapes = (
-        (D, ld),
-        (items if whole else 0, ld),
-        (n, width),
-        (n, D if whole else 0, ld),
-        (n, width),
-        (n, width),
-        (width, Dp),
-        (n, TILE * max(D, ld)),
-        (items if store else 0, D),
+        ((D_even // 2, ld, 2) if half else (D, ld), narrow),
+        ((items if whole else 0, 2 * _row_length(width // 2, dtype) if half else ld), narrow),
+        ((n, width), dtype),
+        ((n, D if whole else 0, ld), dtype),
+        ((n, width), dtype),
+        ((n, width), dtype),
+        ((width // 2, Dp, 2) if half else (width, Dp), narrow),
+        ((n, TILE * max(D, ld)), dtype),
+        ((items if store else 0, D), dtype),
+        ((n, TILE if half else 0, D_even), np.uint16),
+        ((n, TILE // 2 if half else 0, D), word),
+        ((n, TILE // 2 if half else 0, ld), word),
     )
-    return Output(*(_aligned(shape, dtype) for shape in shapes))
+    return Output(*(_aligned(*shape) for shape in shapes))
+
+
+# What a tile or an event needs, on elements of the dtype and on words of two bfloat16; which one
+# is chosen by the type of `out` when the caller is compiled.
+
+
+@serial
+def _load_full(H, j, d, factor, out):
+    out.HT[d, j] = H[j, d] * factor if j < H.shape[0] else 0
+
+
+@serial
+def _load_half(H, j, d, factor, out):
+    out.HT[d // 2, j, d % 2] = _half(H[j, d] * factor) if j < H.shape[0] else 0
+
+
+@serial
+def _pack_full(p, W_out, lo, rows, out):
+    pass
+
+
+@serial
+def _pack_half(p, W_out, lo, rows, out):
+    W_rows, W_pairs, D = out.W_rows[p], out.W_pairs[p], W_out.shape[1]
+    for i in range(rows):
+        w, row = W_out[lo + i], W_rows[i]
+        for d in range(D):
+            row[d] = _half(w[d])
+    for i in range(0, rows, 2):
+        a, pair = W_rows[i], W_pairs[i // 2]
+        if i + 1 < rows:
+            b = W_rows[i + 1]
+            for d in range(D):
+                pair[d] = np.uint32(a[d]) | np.uint32(b[d]) << np.uint32(16)
+        else:
+            for d in range(D):
+                pair[d] = a[d]
+
+
+@serial
+def _scores_full(p, W_out, lo, rows, m, lanes, out):
+    D, ld, HT, e = W_out.shape[1], out.HT.shape[1], out.HT.reshape(-1), out.tile[p]
+    W = W_out.reshape(-1)
+    _product(ALONG_K, False, rows, m, D, lanes, W, lo * D, D, HT, 0, ld, e, 0, ld, e, 0, 0)
+
+
+@serial
+def _scores_half(p, W_out, lo, rows, m, lanes, out):
+    ld, HT, e = out.HT.shape[1], out.HT.reshape(-1), out.tile[p]
+    K, W = out.HT.shape[0], out.W_rows[p].reshape(-1)
+    _product(ALONG_K, False, rows, m, K, lanes, W, 0, K, HT, 0, ld, e, 0, ld, e, 0, 0)
+
+
+@serial
+def _exp_full(p, W_out, lo, rows, m, lanes, out):
+    D, ld, HT, E = W_out.shape[1], out.E.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
+    W = W_out.reshape(-1)
+    _exp_product(rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, out.S[p])
+
+
+@serial
+def _exp_half(p, W_out, lo, rows, m, lanes, out):
+    K, ld, HT, E = out.HT.shape[0], out.HT.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
+    W, pairs, crs = out.W_rows[p].reshape(-1), out.E_pairs[p].reshape(-1), out.E.shape[1]
+    _exp_half_product(rows, m, K, lanes, W, K, HT, ld, E, lo * crs, crs, out.S[p], pairs, ld)
+
+
+@serial
+def _put_full(p, lo, i, j, value, out):
+    out.E[lo + i, j] = value
+
+
+@serial
+def _put_half(p, lo, i, j, value, out):
+    bits, pairs = _half(value), out.E_pairs[p]
+    out.E[lo + i, j] = bits
+    if i % 2 == 0:
+        pairs[i // 2, j] = bits
+    else:
+        pairs[i // 2, j] |= bits << np.uint32(16)
+
+
+@serial
+def _sum_full(p, W_out, lo, rows, m, lanes, out, P, po, span):
+    D, ld, E, U = W_out.shape[1], out.E.shape[1], out.E.reshape(-1), out.U[p].reshape(-1)
+    W = W_out.reshape(-1)
+    _product(
+        ALONG_M, True, D, m, rows, lanes, W, lo * D, D, E, lo * ld, ld, U, 0, ld, P, po, span
+    )  # fmt: skip
+
+
+@serial
+def _sum_half(p, W_out, lo, rows, m, lanes, out, P, po, span):
+    D, ld, E, U = W_out.shape[1], out.HT.shape[1], out.E_pairs[p].reshape(-1), out.U[p].reshape(-1)
+    W, K = out.W_pairs[p].reshape(-1), (rows + 1) // 2
+    _product(ALONG_M, True, D, m, K, lanes, W, 0, D, E, 0, ld, U, 0, ld, P, po, span)
+
+
+@serial
+def _gradient_full(add, lo, rows, old, lanes, out, dW, at):
+    D, ld, Dp = out.HT.shape[0], out.E.shape[1], out.G.shape[1]
+    E, G = out.E.reshape(-1), out.G.reshape(-1)
+    after = (lo + rows) * ld
+    _product(
+        ALONG_K, add, rows, D, old, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld
+    )
+
+
+@serial
+def _gradient_half(add, lo, rows, old, lanes, out, dW, at):
+    D, ld, Dp = out.W_pairs.shape[2], out.E.shape[1] // 2, out.G.shape[1]
+    E, G = out.E.reshape(-1), out.G.reshape(-1)
+    after, K = (lo + rows) * ld, old // 2
+    _product(
+        ALONG_K, add, rows, D, K, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld
+    )
+
+
+@serial
+def _logit_full(H, j, W_out, i, out):
+    logit = H.dtype.type(0)
+    for d in range(H.shape[1]):
+        logit += H[j, d] * W_out[i, d]
+    return logit
+
+
+@serial
+def _logit_half(H, j, W_out, i, out):
+    """Of the rounded factors, as the logits in the sum of exponentials are."""
+    logit = H.dtype.type(0)
+    for d in range(H.shape[1]):
+        logit += _unhalf(out.HT[d // 2, j, d % 2]) * _unhalf(_half(W_out[i, d]))
+    return logit * H.dtype.type(math.log(2))
+
+
+@serial
+def _close_full(H, j, i, s, factor, out):
+    out.E[i, j] -= s
+    for d in range(H.shape[1]):
+        out.G[j, d] = H[j, d] * factor
+
+
+@serial
+def _close_half(H, j, i, s, factor, out):
+    out.E[i, j] = _half(_unhalf(out.E[i, j]) - s)
+    for d in range(H.shape[1]):
+        out.G[j // 2, d, j % 2] = _half(H[j, d] * factor)
+
+
+@serial
+def _pad_full(j, out):
+    out.G[j] = 0
+
+
+@serial
+def _pad_half(j, out):
+    out.G[j // 2, :, j % 2] = 0
+
+
+def _by_products(full: Callable, half: Callable) -> Callable:
+    """`full` or `half`, as the type of the argument `out` asks when the caller is compiled."""
+
+    def stub(*arguments):
+        raise RuntimeError("compiled code only")
+
+    @overload(stub, strict=False)
+    def choose(*arguments):
+        [out] = [a for a in arguments if getattr(a, "instance_class", None) is Output]
+        chosen = half if out[Output._fields.index("E")].dtype == types.uint16 else full
+        return lambda *arguments: chosen(*arguments)
+
+    return stub
+
+
+_load_state = _by_products(_load_full, _load_half)
+_pack = _by_products(_pack_full, _pack_half)
+_tile_scores = _by_products(_scores_full, _scores_half)
+_tile_exp = _by_products(_exp_full, _exp_half)
+_put = _by_products(_put_full, _put_half)
+_tile_sum = _by_products(_sum_full, _sum_half)
+_tile_gradient = _by_products(_gradient_full, _gradient_half)
+_logit = _by_products(_logit_full, _logit_half)
+_close = _by_products(_close_full, _close_half)
+_pad = _by_products(_pad_full, _pad_half)
 
 
 @serial
@@ -896,24 +1211,19 @@ def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
     this block, 0 for no logits. rule = (learning_rate, rho, 1 - rho, eps).
     """
     items, D = W_out.shape
-    ld, Dp = out.E.shape[1], out.G.shape[1]
-    W, mean_squares, E, G = W_out.reshape(-1), ms.reshape(-1), out.E.reshape(-1), out.G.reshape(-1)
-    HT, U, S = out.HT.reshape(-1), out.U[p].reshape(-1), out.S[p]
+    W, mean_squares = W_out.reshape(-1), ms.reshape(-1)
     stored = out.dW_out.size > 0
     dW = out.dW_out.reshape(-1) if stored else out.tile[p]
     if m:
-        S[:] = 0
-        U[:] = 0
+        out.S[p, :] = 0
+        out.U[p, :] = 0
     begin, end = _share(p, n, items, TILE)
     for lo in range(begin, end, TILE):
         rows = min(TILE, end - lo)
         if old >= 0:
             at = lo * D if stored else 0
             if old:
-                _product(
-                    ALONG_K, not first, rows, D, old, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D,
-                    E, (lo + rows) * ld, TILE * ld,
-                )  # fmt: skip
+                _tile_gradient(not first, lo, rows, old, lanes, out, dW, at)
             elif first:
                 dW[at : at + rows * D] = 0
             if move:
@@ -921,71 +1231,47 @@ def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
                 g = dW[at : at + rows * D]
                 _rmsprop(W[part], mean_squares[part], g, rule[0], rule[1], rule[2], rule[3])
         if m:
-            _exp_product(rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, S)
-            _product(
-                ALONG_M, True, D, m, rows, lanes, W, lo * D, D, E, lo * ld, ld, U, 0, ld,
-                mean_squares, (lo + rows) * D, TILE * D,
-            )  # fmt: skip
+            _pack(p, W_out, lo, rows, out)
+            _tile_exp(p, W_out, lo, rows, m, lanes, out)
+            _tile_sum(p, W_out, lo, rows, m, lanes, out, mean_squares, (lo + rows) * D, TILE * D)
 
 
 @serial
-def _score_tiles(p, n, W_out, m, lanes, out):
-    """E = the logits of thread p's tiles in units of log 2, and their maxima in S[p]."""
-    items, D = W_out.shape
-    ld = out.E.shape[1]
-    W, HT, E, top = W_out.reshape(-1), out.HT.reshape(-1), out.E.reshape(-1), out.S[p]
+def _largest_scores(p, n, W_out, m, lanes, out):
+    """The largest score of each event on thread p's tiles, in units of log 2, in S[p]."""
+    ld, scores, top = out.HT.shape[1], out.tile[p], out.S[p]
     top[:] = -np.inf
-    begin, end = _share(p, n, items, TILE)
+    begin, end = _share(p, n, W_out.shape[0], TILE)
     for lo in range(begin, end, TILE):
         rows = min(TILE, end - lo)
-        _product(
-            ALONG_K,
-            False,
-            rows,
-            m,
-            D,
-            lanes,
-            W,
-            lo * D,
-            D,
-            HT,
-            0,
-            ld,
-            E,
-            lo * ld,
-            ld,
-            E,
-            lo * ld,
-            0,
-        )
-        for i in range(lo, lo + rows):
-            e = out.E[i]
+        _pack(p, W_out, lo, rows, out)
+        _tile_scores(p, W_out, lo, rows, m, lanes, out)
+        for i in range(rows):
+            e = scores[i * ld : i * ld + m]
             for j in range(m):
                 top[j] = max(top[j], e[j])
 
 
 @serial
 def _shifted_tiles(p, n, W_out, m, lanes, out):
-    """E = 2 ** (E - shift) on thread p's tiles, and S and U."""
-    items, D = W_out.shape
-    ld = out.E.shape[1]
-    W, E, U = W_out.reshape(-1), out.E.reshape(-1), out.U[p].reshape(-1)
-    S, shift = out.S[p], out.shift[p]
+    """E = 2 ** (score - shift) on thread p's tiles, and S and U."""
+    ld, scores, S, shift = out.HT.shape[1], out.tile[p], out.S[p], out.shift[p]
+    W = W_out.reshape(-1)
     S[:] = 0
-    U[:] = 0
-    begin, end = _share(p, n, items, TILE)
+    out.U[p, :] = 0
+    begin, end = _share(p, n, W_out.shape[0], TILE)
     ln2 = W_out.dtype.type(math.log(2))
     for lo in range(begin, end, TILE):
         rows = min(TILE, end - lo)
-        for i in range(lo, lo + rows):
-            e = out.E[i]
+        _pack(p, W_out, lo, rows, out)
+        _tile_scores(p, W_out, lo, rows, m, lanes, out)
+        for i in range(rows):
+            e = scores[i * ld : i * ld + m]
             for j in range(m):
                 v = _exp((e[j] - shift[j]) * ln2)
-                e[j] = v
+                _put(p, lo, i, j, v, out)
                 S[j] += v
-        _product(
-            ALONG_M, True, D, m, rows, lanes, W, lo * D, D, E, lo * ld, ld, U, 0, ld, E, lo * ld, 0
-        )
+        _tile_sum(p, W_out, lo, rows, m, lanes, out, W, lo * W_out.shape[1], 0)
 
 
 @serial
@@ -993,7 +1279,7 @@ def _load_states(H, first, last, factor, out):
     """HT of events first to last, times `factor`; zero where they pad the block."""
     for d in range(H.shape[1]):
         for j in range(first, last):
-            out.HT[d, j] = H[j, d] * factor if j < H.shape[0] else 0
+            _load_state(H, j, d, factor, out)
 
 
 @serial
@@ -1031,7 +1317,7 @@ def _softmax(
         safe = safe and limits[0] < total[j] < limits[1]
     if not safe:
         _meet(n, gate)
-        _score_tiles(p, n, W_out, m, lanes, out)
+        _largest_scores(p, n, W_out, m, lanes, out)
         _meet(n, gate)
         for j in range(m):
             shift[j] = out.S[:, j].max()
@@ -1047,11 +1333,8 @@ def _softmax(
     loss = 0.0
     for j in range(begin, min(end, H.shape[0])):
         s, i = total[j], y[j]
-        logit = H.dtype.type(0)
-        for d in range(D):
-            logit += H[j, d] * W_out[i, d]
+        logit = _logit(H, j, W_out, i, out)
         nll = math.log(np.float64(s)) + np.float64(shift[j]) * math.log(2) - np.float64(logit)
-        out.E[i, j] -= s
         weight = scale
         if blend is not None:
             share, distributions, total_p = blend
@@ -1064,9 +1347,9 @@ def _softmax(
         factor = weight / s
         for d in range(D):
             dH[j, d] = U[d, j] * factor - W_out[i, d] * weight
-            out.G[j, d] = H[j, d] * factor
+        _close(H, j, i, s, factor, out)
     for j in range(max(begin, H.shape[0]), end):
-        out.G[j] = 0
+        _pad(j, out)
     return loss, m
 
 
@@ -1636,7 +1919,13 @@ def workspace(
     T, B, D = window, batch, spec.hidden_size
     width, N = spec.gates * D, T * B
     dtype = np.dtype(spec.dtype)
-    out = _output_work(N, n_items, D, dtype)
+    half = spec.products == "bfloat16"
+    if half and not HALF:
+        raise SettingsError(
+            "products is 'bfloat16' and this processor cannot multiply bfloat16 (AVX512_BF16): set "
+            "products to 'full'"
+        )
+    out = _output_work(N, n_items, D, dtype, half=half)
 
     def real(*shape: int) -> Array:
         return _aligned(shape, dtype)
