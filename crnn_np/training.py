@@ -222,6 +222,11 @@ def train_run(
     """
     if hasattr(backend, "train_run") and not rule.clip:
         return backend.train_run(spec, rule, scale, params, accumulators, s, log, run, work, past)
+    if spec.products != "full":
+        raise SettingsError(
+            f"products is {spec.products!r}, which the fused run of backend 'numba' has, without "
+            "clip: set products to 'full', or the backend to 'numba' and clip to 0"
+        )
     loss, events = 0.0, 0
     for k in range(run.key.size):
         piece = run.one(k)
