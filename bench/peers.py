@@ -11,7 +11,8 @@ sequences of a prepared data set DIR.
 Each contender is a process of its own, which waits while another runs; rounds alternate and ratios
 are taken round by round. `torch_peers.py` has the peers.
 
-"crnn_np, output mixture" is the same network with the output layer of preset `mixture`.
+"crnn_np, bfloat16" has products="bfloat16", on processors that can; "crnn_np, output mixture" is
+the same network with the output layer of preset `mixture`.
 
 For DIR there is a second table: our rate at the windows of an epoch as they come, short ones
 included and with dropout, beside the rate at full windows; events without a target do not count.
@@ -37,7 +38,12 @@ from crnn_np.windows import Slice, epoch_slices
 SHAPES = {"Brightkite": (1679, 23243, 32), "Last.fm": (954, 48188, 128)}
 BATCHES = {"1 x 128": "paper", "20 x 64": "authors"}
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-OURS, MIXTURE = "crnn_np", "crnn_np, output mixture"
+OURS = "crnn_np"
+VARIANTS = {  # name: settings
+    OURS: {},
+    "crnn_np, bfloat16": {"products": "bfloat16"},
+    "crnn_np, output mixture": {"output": "mixture"},
+}
 EAGER, FLOOR = "PyTorch eager", "best product"
 PEERS = {  # name: (class of torch_peers, environment)
     EAGER: ("Eager", {}),
@@ -85,14 +91,13 @@ def torch_windows(log, run: Slice) -> Iterator:
 
 def case_of(spec: dict):
     """Log, settings and D of a case."""
-    output = "mixture" if spec["name"] == MIXTURE else "softmax"
     settings = crnn_np.resolve(
         spec["preset"],
         hidden_size=spec["D"],
         candidate="tanh",
-        output=output,
         dropout_in=0.0,
         dropout_out=0.0,
+        **VARIANTS.get(spec["name"], {}),
     )
     if spec["directory"]:
         return crnn_np.load(spec["directory"]).train, settings
@@ -220,7 +225,7 @@ def work(spec: dict) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    makers = {OURS: ours, MIXTURE: ours, FLOOR: floor, "ragged": ragged}
+    makers = dict.fromkeys(VARIANTS, ours) | {FLOOR: floor, "ragged": ragged}
     try:
         run = makers.get(spec["name"], peer)(spec, spec["seconds"])
         say(ready=True)
@@ -380,7 +385,7 @@ def main(directory, D: int, quick: bool, rounds: int, threads: int, json_file, w
             title = f"{shape} {batch} ({users:,} users, {items:,} items, D = {size})"
             spec = common | {"title": title, "shape": shape, "preset": preset, "D": size}
             spec["operations"] = 6 * size * items
-            rows.append(compare(spec, [OURS, MIXTURE, *PEERS, FLOOR], rounds))
+            rows.append(compare(spec, [*VARIANTS, *PEERS, FLOOR], rounds))
             show(rows[-1])
             if directory:
                 row = compare(spec | {"title": f"{shape} {batch}"}, ["ragged"], rounds)
