@@ -22,6 +22,10 @@ step a broadcast of each row's element times those vectors. Every score is summe
 so equal rows of W_out score the same to the bit and ties are exact. Vectors are as wide as the
 processor's. No BLAS is called, so no second kind of threads competes.
 
+With ``products="bfloat16"`` the same blocks multiply words of two bfloat16 and add both products to
+a float32 sum. What a product sums over then lies by twos: E is stored with events by twos for E G,
+and, of the tile alone, with items by twos for W_out^T E; W_out is rounded both ways tile by tile.
+
 Threads are Python's: each runs the same compiled function without the interpreter's lock, its share
 given by its number, and they meet at `_meet`, which spins for a while and then naps: where another
 process has the core of the thread that is waited for, spinning on would keep that thread waiting.
@@ -939,8 +943,8 @@ class Output(NamedTuple):
     """Work arrays of the output layer, for blocks of at most `width` events.
 
     Rows of `ld` or `Dp` elements hold `width` or D of them (`_row_length`). With bfloat16 products
-    HT is u16[D / 2, ld, 2], E u16[I, 2 * ld / 2], G u16[width / 2, Dp, 2]: what a product sums
-    over goes by twos, to the word.
+    HT is u16[D / 2, ld, 2], E u16[I, width and more], G u16[width / 2, Dp, 2]: what a product
+    sums over lies by twos, and an odd D is rounded up.
     """
 
     HT: Array  # [D, ld], H of the block transposed, times log2(e)
@@ -952,10 +956,10 @@ class Output(NamedTuple):
     G: Array  # [width, Dp]
     tile: Array  # [threads, TILE * max(D, ld)], dW_out or scores of a tile
     dW_out: Array  # [I, D], where a window has more than one block
-    # of a tile, for bfloat16 products: W_out, by twos along D and along items, and E along items
-    W_rows: Array  # u16[threads, TILE, 2 * D / 2]
-    W_pairs: Array  # u32[threads, TILE / 2, D]
-    E_pairs: Array  # u32[threads, TILE / 2, ld]
+    # Of a tile, for bfloat16 products:
+    W_rows: Array  # u16[threads, TILE, D rounded up], W_out
+    W_pairs: Array  # u32[threads, TILE / 2, D], W_out with two items to a word
+    E_pairs: Array  # u32[threads, TILE / 2, ld], E with two items to a word
 
 
 LINE = 64  # bytes
@@ -1018,8 +1022,8 @@ def _output_work(
     return Output(*(_aligned(*shape) for shape in shapes))
 
 
-# What a tile or an event needs, on elements of the dtype and on words of two bfloat16; which one
-# is chosen by the type of `out` when the caller is compiled.
+# The steps of a tile and of an event in two versions, `full` for elements of the dtype and `half`
+# for words of two bfloat16. `_by_products` chooses by the type of `out`.
 
 
 @serial
