@@ -9,7 +9,6 @@ import collections
 import ctypes
 import functools
 import hashlib
-import operator
 import os
 import re
 import shutil
@@ -26,7 +25,11 @@ BUILD = CHECKOUT / "build" / "emulator"
 HEADERS = sorted(Path(__file__).parent.glob("emulator*.hpp"))
 FLAGS = ["-std=c++17", "-w", "-O2", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
 SANITIZERS = {
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "address": [
+        "-fsanitize=address,undefined",
+        "-fsanitize-sections=shared_memory",
+        "-fno-sanitize-recover=all",
+    ],
     "thread": ["-fsanitize=thread"],
 }
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
@@ -207,7 +210,9 @@ def compiler() -> str:
 def build(source: Path, real: str, sanitizer: str | None) -> tuple[Path, dict]:
     """Compile one kernel file, once for each content: its library or driver, and its kernels."""
     text = source.read_text(encoding="utf-8")
-    kernels = {name: parameters(args) for name, args in SIGNATURE.findall(re.sub(r"\s+", " ", text))}
+    kernels = {
+        name: parameters(args) for name, args in SIGNATURE.findall(re.sub(r"\s+", " ", text))
+    }
     calls = []
     for name, params in kernels.items():
         given = (f"*static_cast<{p[0]} *>(a[{i}])" for i, p in enumerate(params))
@@ -219,7 +224,9 @@ def build(source: Path, real: str, sanitizer: str | None) -> tuple[Path, dict]:
             "const emulator::Kernel emulator_kernels[] = {",
             *calls,
             "};",
-            '#include "emulator_launch.hpp"' if sanitizer is None else '#include "emulator_driver.hpp"',
+            '#include "emulator_launch.hpp"'
+            if sanitizer is None
+            else '#include "emulator_driver.hpp"',
         ]
     )
     flags = [*FLAGS, f"-DREAL={real}"]
@@ -285,7 +292,7 @@ class EmulatedDevice:
         found = {}
         for source in self.sources:
             made, kernels = build(source, real, self.sanitizer)
-            runs = Library(made, self.reverse) if self.sanitizer is None else Driver(made, self)
+            runs = Library(made, self.reverse) if self.sanitizer is None else Driver(made)
             for number, (name, params) in enumerate(kernels.items()):
                 assert name not in found, f"two kernels are called {name}"
                 found[name] = runs, number, params
@@ -359,3 +366,49 @@ class Library:
         )
         if said:
             raise EmulatorError(f"{name}: {said.decode()}")
+
+
+class Driver:
+    """A kernel file under a sanitizer, in a process of its own for each launch.
+
+    Each array travels there and back, in memory of exactly its size.
+    """
+
+    OPTIONS = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+
+    def __init__(self, path: Path) -> None:
+        # The thread sanitizer needs a memory layout without much randomness.
+        self.command = [str(path)]
+        if (
+            subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode
+            == 0
+        ):
+            self.command = ["setarch", "-R", str(path)]
+
+    def __call__(self, name, number, sizes, params, given) -> None:
+        sent, places = [struct.pack("6q", number, *sizes, len(given))], {}
+        for k, (array, param) in enumerate(zip(given, params, strict=True)):
+            place = array.ctypes.data, array.nbytes
+            same = places.setdefault(place, k) if param[2] and array.nbytes else k
+            sent.append(struct.pack("3q", param[2] + (param[2] and param[3]), same, array.nbytes))
+            sent.append(array.tobytes())
+        done = subprocess.run(
+            self.command,
+            input=b"".join(sent),
+            capture_output=True,
+            check=False,
+            env={**os.environ, **self.OPTIONS},
+        )
+        if done.returncode:
+            raise EmulatorError(f"{name}: {done.stderr.decode(errors='replace')}")
+        at = 0
+        for array, param in zip(given, params, strict=True):
+            if param[2] and not param[3]:
+                got = np.frombuffer(done.stdout, array.dtype, array.size, at)
+                array[...] = got.reshape(array.shape)
+                at += array.nbytes
+        assert at == len(done.stdout), f"{name}: {len(done.stdout)} bytes came back, expected {at}"
