@@ -80,3 +80,12 @@ __device__ inline bool keep(u64 start, u64 element, u64 threshold)
 {
     return mix(start + (element + 1) * GOLDEN) >> 40 >= threshold;
 }
+
+/* One step of RMSprop on one element, as `optim.rmsprop`; rest = 1 - rho. */
+__device__ inline void rmsprop(
+    real *w, real *ms, real g, real learning_rate, real rho, real rest, real eps)
+{
+    real square = *ms * rho + rest * g * g;
+    *ms = square;
+    *w -= learning_rate * g / sqrt(square + eps);
+}

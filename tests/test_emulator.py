@@ -154,7 +154,7 @@ def test_wrong_launch_is_refused(source, change, text):
         lambda a, host: a + host,
         lambda a, host: host + a,
         lambda a, host: np.asarray(a),
-        lambda a, host: np.sum(a),
+        lambda a, host: np.concatenate([a, host]),
         lambda a, host: host[a.astype(np.int64)],
         lambda a, host: a[host.astype(np.int64)],
         lambda a, host: a.__setitem__(slice(None), host),
