@@ -19,7 +19,7 @@ typedef unsigned long long u64;
     type *name = reinterpret_cast<type *>(shared_bytes)
 #endif
 
-const unsigned FULL = 0xffffffffu; /* all lanes of a warp */
+enum : unsigned { FULL = 0xffffffffu }; /* all lanes of a warp */
 const u64 GOLDEN = 0x9E3779B97F4A7C15ull;
 
 /* Sum over the threads of the block, the same bits in each of them. All threads must call it. */
