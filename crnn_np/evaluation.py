@@ -140,7 +140,7 @@ def evaluate(
     """
     spec = replace(spec, dropout_in=0.0, dropout_out=0.0)
     log = concatenate(train, heldout)
-    known = read_past(spec, log, train)
+    known = on_device(backend, read_past(spec, log, train))
     run = replay_slices(log.lengths, train.lengths)
     params = on_device(backend, params)
     s = backend.to_device(np.zeros((1, run.user.shape[1], spec.hidden_size), spec.dtype))

@@ -235,9 +235,17 @@ def new_accumulators(params: Params | MixtureParams) -> Accumulators | MixtureAc
     return kind(*squares[:3], *counters, *squares[3:])
 
 
-def on_device(backend: ModuleType, blocks: NamedTuple) -> NamedTuple:
-    """A tuple of arrays where a backend computes; the same arrays where that is the host."""
-    return type(blocks)(*map(backend.to_device, blocks))
+def on_device(backend: ModuleType, blocks: tuple | None) -> tuple | None:
+    """A named tuple of arrays, or of such tuples, where a backend computes; None stays None.
+
+    The same arrays where that is the host.
+    """
+    if blocks is None:
+        return None
+    parts = (
+        on_device(backend, b) if isinstance(b, tuple) else backend.to_device(b) for b in blocks
+    )
+    return type(blocks)(*parts)
 
 
 def _input_keep(backend: ModuleType, spec: Spec, window: Window, key: int) -> Array | None:

@@ -134,7 +134,7 @@ def _rehearse(
         acc = new_accumulators(params)
         live = on_device(module, params), on_device(module, acc)
         s = module.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
-        past = read_past(spec, few)
+        past = on_device(module, read_past(spec, few))
         train_run(module, spec, rule, plan.scale, *live, s, few, first, held[0], past)
         if plan.patience:
             held.append(concatenate(part, validation))
@@ -225,7 +225,8 @@ def sample_epoch(
     n_windows = run.key.size
     if not n_windows:
         return 0.0, 0.0
-    work, past = workspace(module, spec, plan, log), read_past(spec, log)
+    work = workspace(module, spec, plan, log)
+    past = on_device(module, read_past(spec, log))
     params, acc = on_device(module, params), on_device(module, acc)
     s = module.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
     events = np.clip(log.lengths[run.user] - 1 - run.start, 0, run.length).sum(axis=1)

@@ -399,7 +399,7 @@ def epochs(
             accumulators = None
         if accumulators is None:
             accumulators = new_accumulators(params)
-        past = read_past(spec, part)
+        past = on_device(module, read_past(spec, part))
         live = on_device(module, params), on_device(module, accumulators)
         for epoch in range(first + len(before), last + 1):
             began = time.perf_counter()

@@ -39,11 +39,15 @@ extern "C" __global__ void softmax_tile(
 
    U [tiles, N, D]: E W_out of each tile; overwritten with G, h times scale / S on the tile's shift.
    E of the target's tile gets the common shift and S is taken off at the target, so that the
-   product brings the target's part of dW_out along. H, dH [N, D]. loss [N]. */
+   product brings the target's part of dW_out along. H, dH [N, D]. loss [N].
+
+   With K > 0 the softmax is distribution 0 of a mixture: share [N, K] and others [N] are what
+   `mix_forward` leaves, p [N, K] gets p_0, and the gradients are times r_0. */
 extern "C" __global__ void softmax_finish(
     real *E, const int *y, const real *shift, const double *sum, const real *target, real *U,
-    const real *H, const real *W_out, double *loss, real *dH, long long stride, int n_items,
-    int tiles, int tile, int D, real scale)
+    const real *H, const real *W_out, const double *share, const double *others, double *p,
+    double *loss, real *dH, long long stride, int n_items, int tiles, int tile, int D, int K,
+    real scale)
 {
     long long n = blockIdx.x, N = gridDim.x;
     int own = y[n] / tile, at = y[n] % tile;
@@ -55,8 +59,16 @@ extern "C" __global__ void softmax_finish(
     for (int t = threadIdx.x; t < tiles; t += blockDim.x)
         S += sum[t * N + n] * exp(shift[t * N + n] - largest);
     S = block_sum(S);
+    double nll = log(S) + (double(largest) - double(target[n]));
+    if (K) {
+        double p_0 = exp(-nll), own = share[n * K] * p_0, total = others[n] + own;
+        nll = -log(total);
+        scale *= real(own / total);
+        if (threadIdx.x == 0)
+            p[n * K] = p_0;
+    }
     if (threadIdx.x == 0)
-        loss[n] = log(S) + (double(largest) - double(target[n]));
+        loss[n] = nll;
 
     real inverse = real(1 / S);
     for (int d = threadIdx.x; d < D; d += blockDim.x) {

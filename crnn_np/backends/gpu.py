@@ -14,8 +14,9 @@ most. For a block of N events, E [N, I] in memory once and overwritten:
     dW_out += E^T G of each tile                a batch of products
 
 so any logits are safe, and E is read three times. A window of `train_run` is 13 launches, 15 where
-the last tile is shorter than the others (each batch is then two), and nothing waits for the device
-until the end of a run: the host knows the numbers of steps, events and targets from the slices.
+the last tile is shorter than the others (each batch is then two), 9 more for a mixture
+(`gpu_mixture`), and nothing waits for the device until the end of a run: the host knows the numbers
+of steps, events and targets from the slices.
 """
 
 import re
@@ -31,11 +32,19 @@ from ..cells import CELLS
 from ..data import EventLog
 from ..errors import DeviceError, SettingsError
 from ..history import Past
-from ..model import Accumulators, Params, RowGrad, Spec
+from ..model import Accumulators, MixtureAccumulators, MixtureParams, Params, RowGrad, Spec, shapes
 from ..optim import Rule
 from ..outputs import Cells, Mixture
 from ..windows import INPUT, OUTPUT, Slice, Window, dropout_threshold, mix
 from ..windows import window as read_window
+from .gpu_mixture import (
+    Columns,
+    Mixing,
+    RankWork,
+    cells_alone,
+    mixing_shapes,
+    rank_shapes,
+)
 
 __all__ = [
     "cell_backward",
@@ -56,13 +65,13 @@ __all__ = [
 
 Array = Any  # of the device: a cupy.ndarray
 
-OUTPUTS = ("softmax",)  # output layers that this backend has
-
 THREADS = 256  # of a block
 CELL_THREADS = 1024  # of a block that has a column of a window, at most
 TILE = 2048  # items
 LOGITS_BYTES = 1 << 29
+EXTRA_BYTES = 1 << 28  # of `RankWork.extra`, for the events of a mixture that are scored at once
 MOST_BLOCKS = 1 << 13  # of a kernel whose threads stride over an array
+KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\(')
 OLDEST = 75  # compute capability, Turing
 
 Arguments = tuple[Any, ...]
@@ -128,7 +137,7 @@ class Device:
                 text = file.read_text(encoding="utf-8")
                 code = text.replace('#include "common.cuh"', common.replace("#pragma once", ""))
                 module = self.xp.RawModule(code=code, options=options)
-                names = re.findall(r'extern "C" __global__ void[^(]*?(?:\(\d+\)\s*)?(\w+)\(', text)
+                names = KERNEL.findall(text)
                 found.update(dict.fromkeys(names, module))
         return found
 
@@ -533,8 +542,12 @@ def _softmax(
     loss: Array,
     dH: Array,
     dW_out: Array,
+    blend: tuple[Array, Array, Array] | None = None,
 ) -> None:
-    """Loss float64[N] of each of N events and the gradients times `scale`, by tiles of items."""
+    """Loss float64[N] of each of N events and the gradients times `scale`, by tiles of items.
+
+    `blend` is that of `Mixing`, where the softmax is one distribution of a mixture.
+    """
     (N, D), n_items = H.shape, len(W_out)
     rows, stride = work.E.shape
     tiles = -(-n_items // TILE)
@@ -554,24 +567,17 @@ def _softmax(
         places = [U[: len(W[0])], U[len(W[0]) :]]
         for e, w, u in zip(E, W, places, strict=False):
             dev.product(e.transpose(0, 2, 1), w, u)
-        arguments = (work.E, *sums, work.U, H[part], W_out, loss[part], dH[part], stride)
-        arguments += (np.int32(n_items), np.int32(tiles), tile, np.int32(D), real(scale))
+        mixed = [array[part] for array in blend] if blend else [work.sum] * 3  # not looked at
+        arguments = (work.E, *sums, work.U, H[part], W_out, *mixed, loss[part], dH[part], stride)
+        arguments += (np.int32(n_items), np.int32(tiles), tile, np.int32(D))
+        arguments += (np.int32(blend[0].shape[1] if blend else 0), real(scale))
         dev.launch("softmax_finish", n, min(THREADS, 32 * -(-D // 32)), arguments)
         for e, g, dw in zip(E, places, dW, strict=False):
             dev.product(e, g, dw, float(lo > 0))
 
 
-def _check_output(kind: str) -> None:
-    if kind not in OUTPUTS:
-        raise SettingsError(
-            f"backend 'cupy' has the output layer {', '.join(OUTPUTS)}, not {kind!r}: use backend "
-            "'numba' for it"
-        )
-
-
 def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, Array]:
     """Loss of N cells in nats, dH [N, D] and dW_out [I, D] (`outputs`)."""
-    _check_output(kind)
     dev = _of(H)
     (N, D), n_items = H.shape, len(W_out)
     work = OutputWork(**_allocate(_output_shapes(N, n_items, D, dev.dtype)))
@@ -582,10 +588,8 @@ def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, A
     return float(to_host(loss).sum()), dH, dW_out
 
 
-def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
-    """Negative log-likelihood float64[N] and rank int32[N] of each target (`outputs`)."""
-    _check_output(kind)
-    dev = _of(H)
+def _score(dev: Device, H: Array, W_out: Array, y: Array) -> tuple[Array, Array, Array]:
+    """`score`, and the targets' logits real[N]."""
     (N, D), n_items = H.shape, len(W_out)
     tiles = -(-n_items // TILE)
     names = {"target": ((N,), dev.dtype), "largest": ((tiles, N), dev.dtype)}
@@ -593,8 +597,7 @@ def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     names |= {"nll": ((N,), np.float64), "rank": ((N,), np.int32)}
     target, largest, total, above, nll, rank = _allocate(names).values()
     if N == 0:
-        return nll, rank
-    H, y = dev.xp.ascontiguousarray(H), y.astype(np.int32, copy=False)
+        return nll, rank, target
     sizes = np.int32(N), np.int32(D)
     dev.launch("score_target", -(-N // THREADS), THREADS, (H, W_out, y, target, *sizes))
     arguments = (H, W_out, target, largest, total, above)
@@ -603,21 +606,62 @@ def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     dev.launch("score_tile", (-(-N // events), tiles), THREADS, (*arguments, *sizes))
     arguments = (largest, total, above, target, nll, rank, np.int32(N), np.int32(tiles))
     dev.launch("score_finish", -(-N // THREADS), THREADS, arguments)
-    return nll, rank
+    return nll, rank, target
+
+
+def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
+    """Negative log-likelihood float64[N] and rank int32[N] of each target (`outputs`)."""
+    dev = _of(H)
+    return _score(dev, dev.xp.ascontiguousarray(H), W_out, y.astype(np.int32, copy=False))[:2]
+
+
+# ---------------------------------------------------------------- mixture
+
+
+def _mixing(
+    dev: Device, blocks: dict[str, tuple[int, ...]], memory: int, columns: int, cells: int
+) -> Mixing:
+    sizes = mixing_shapes(blocks, memory, columns, cells, THREADS, dev.dtype)
+    return Mixing(dev, THREADS, memory, _allocate(sizes))
 
 
 def mixture(
     H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
 ) -> tuple[float, Array, Array, Mixture]:
-    """The mixture is not on the device yet: SettingsError."""
-    _check_output("mixture")
+    """Loss of N cells in nats, dH [N, D], dW_out [I, D] and the other gradients (`outputs`)."""
+    dev = _of(H)
+    (N, D), n_items = H.shape, len(W_out)
+    work = OutputWork(**_allocate(_output_shapes(N, n_items, D, dev.dtype)))
+    blocks = {name: block.shape for name, block in mixture._asdict().items()}
+    mixing = _mixing(dev, blocks, memory, N, N)
+    loss = dev.xp.zeros(N, np.float64)
+    dH, dW_out = dev.xp.empty((N, D), dev.dtype), dev.xp.empty(W_out.shape, dev.dtype)
+    H, columns = dev.xp.ascontiguousarray(H), cells_alone(dev, cells, past)
+    mixing.forward(mixture, past, columns, H)
+    _softmax(dev, H, W_out, columns.y, 1.0, work, loss, dH, dW_out, mixing.blend(N))
+    mixing.backward(mixture, past, columns, 1.0, dH)
+    return float(to_host(loss).sum()), dH, dW_out, mixing.gradients
 
 
 def mixture_score(
     H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
 ) -> tuple[Array, Array]:
-    """The mixture is not on the device yet: SettingsError."""
-    _check_output("mixture")
+    """As `score`, of the mixture (`outputs`)."""
+    dev = _of(H)
+    N, n_items = len(H), len(W_out)
+    H, y = dev.xp.ascontiguousarray(H), cells.y.astype(np.int32, copy=False)
+    nll, rank, target = _score(dev, H, W_out, y)
+    rows = max(min(N, EXTRA_BYTES // (8 * n_items)), 1)
+    blocks = {name: block.shape for name, block in mixture._asdict().items()}
+    mixing = _mixing(dev, blocks, memory, rows, rows)
+    work = RankWork(**_allocate(rank_shapes(rows, n_items, TILE)))
+    for lo in range(0, N, rows):
+        part = slice(lo, lo + rows)
+        columns = cells_alone(dev, Cells(*(column[part] for column in cells)), past)
+        mixing.forward(mixture, past, columns, H[part])
+        targets = target[part], nll[part], rank[part]
+        mixing.rank(mixture, past, columns, H[part], W_out, *targets, work, TILE)
+    return nll, rank
 
 
 # ---------------------------------------------------------------- a run of windows
@@ -640,27 +684,32 @@ class Work(NamedTuple):
     dW_out: Array  # real[I, D]
     output: OutputWork
     log: dict[str, Any]  # the log on the device, and the host's arrays that it is of
+    mixing: Mixing | None  # of a mixture
 
 
 def workspace(spec: Spec, n_items: int, batch: int, window: int) -> Work:
     """Work arrays of `train_run` for windows of at most `window` steps of `batch` columns."""
-    _check_output(spec.output)
     D, N, dtype = spec.hidden_size, window * batch, np.dtype(spec.dtype)
     width = spec.gates * D
-    shapes = {"A": (N, width), "dA": (N, width), "cache": (N, 3 * D) if spec.gates == 3 else (1, 1)}
-    shapes |= dict.fromkeys(("H", "dH_cells", "dH"), (N, D)) | {"ds0": (batch, D)}
-    shapes |= {"states": (window + 1, batch, D), "dW_out": (n_items, D)}
-    own = {name: (shape, dtype) for name, shape in shapes.items()}
+    sizes = {"A": (N, width), "dA": (N, width), "cache": (N, 3 * D) if spec.gates == 3 else (1, 1)}
+    sizes |= dict.fromkeys(("H", "dH_cells", "dH"), (N, D)) | {"ds0": (batch, D)}
+    sizes |= {"states": (window + 1, batch, D), "dW_out": (n_items, D)}
+    own = {name: (shape, dtype) for name, shape in sizes.items()}
     softmax = _output_shapes(N, n_items, D, dtype)
     arrays = _allocate(own | softmax)
     output = OutputWork(*(arrays.pop(name) for name in OutputWork._fields))
-    return Work(**arrays, output=output, log={})
+    mixing = None
+    if spec.output == "mixture":
+        blocks = shapes(spec, batch, n_items)
+        mixing = _mixing(device(spec.dtype), blocks, spec.memory, batch, N)
+    return Work(**arrays, output=output, log={}, mixing=mixing)
 
 
 class Run(NamedTuple):
     """A run of K windows, padded to T steps, on the device (`read_windows` in ``rows.cu``)."""
 
     user: Array  # int32[K, B]
+    start: Array  # int64[K, B]
     x: Array  # int32[K, T * B]
     event: Array  # real[K, T * B]
     carry: Array  # real[K, T * B]
@@ -697,7 +746,7 @@ def _read_run(dev: Device, log: tuple[Array, Array], run: Slice, n_items: int) -
         arguments = (*log, user, begin, length, fresh, target_from, *out, *sizes)
         dev.launch("read_windows", _blocks(key.size), THREADS, arguments)
     order = xp.argsort(key, kind="stable")
-    return Run(user, **new, sorted=key[order], order=order)
+    return Run(user, begin, **new, sorted=key[order], order=order)
 
 
 def _targets(run: Slice, lengths: np.ndarray) -> np.ndarray:
@@ -711,8 +760,8 @@ def train_run(
     spec: Spec,
     rule: Rule,
     scale: float,
-    params: Params,
-    accumulators: Accumulators,
+    params: Params | MixtureParams,
+    accumulators: Accumulators | MixtureAccumulators,
     s: Array,
     log: EventLog,
     run: Slice,
@@ -730,8 +779,8 @@ def train_run(
         With an axis of K windows; a user at most once among the columns of a window.
     work
         From `workspace`.
-    past : None
-        Only a mixture has one.
+    past : Past or None
+        Of `log` and on the device, for a mixture.
 
     Returns
     -------
@@ -739,22 +788,24 @@ def train_run(
     """
     needed = _sizes(**params._asdict())
     needed |= {f"accumulator of {k}": v for k, v in _sizes(**accumulators._asdict()).items()}
-    for name, array in (work._asdict() | work.output._asdict()).items():
+    own = work.mixing.work if work.mixing else {}
+    for name, array in (work._asdict() | work.output._asdict() | own).items():
         needed |= {name: array.nbytes} if hasattr(array, "nbytes") else {}
     with _room(needed):
-        return _train(spec, rule, scale, params, accumulators, s, log, run, work)
+        return _train(spec, rule, scale, params, accumulators, s, log, run, work, past)
 
 
 def _train(
     spec: Spec,
     rule: Rule,
     scale: float,
-    params: Params,
-    accumulators: Accumulators,
+    params: Params | MixtureParams,
+    accumulators: Accumulators | MixtureAccumulators,
     s: Array,
     log: EventLog,
     run: Slice,
     work: Work,
+    past: Past | None,
 ) -> tuple[float, int]:
     dev = device(spec.dtype)
     K, B = run.length.shape
@@ -769,7 +820,7 @@ def _train(
     first_step = int(to_host(accumulators.step)[0]) + 1
     starts_in, *mask_in = _dropout(run.key, INPUT, spec.dropout_in, dev.dtype)
     starts_out, *mask_out = _dropout(run.key, OUTPUT, spec.dropout_out, dev.dtype)
-    shared_row = dev.xp.zeros(B, np.int32)
+    shared_row, mixing = dev.xp.zeros(B, np.int32), work.mixing
     states, now = work.states, s[0]
     for k in range(K):
         T, E, N = int(steps[k]), int(events[k]), int(targets[k])
@@ -789,10 +840,19 @@ def _train(
         if N:
             arguments = (states, read.cell[k], work.H, np.int32(B), np.int32(D), *drop_out)
             dev.launch("take_states", N, THREADS, arguments)
+        H, dH_cells, blend = work.H[:N], work.dH_cells[:N], None
+        if mixing:
+            number = read.number[k, :cells]
+            columns = Columns(read.user[k], read.start[k], read.cell[k], number, read.y[k])
+            mixing.forward(params.mixture, past, columns, H)
+            blend = mixing.blend(N)
         _softmax(
-            dev, work.H[:N], params.W_out, read.y[k, :N], scale, work.output, loss[k, :N],
-            work.dH_cells[:N], work.dW_out,
+            dev, H, params.W_out, read.y[k, :N], scale, work.output, loss[k, :N], dH_cells,
+            work.dW_out, blend,
         )  # fmt: skip
+        if mixing:
+            mixing.backward(params.mixture, past, columns, scale, dH_cells)
+            mixing.move(numbers, params.mixture, accumulators.mixture, columns)
         if T:
             arguments = (work.dH_cells, read.number[k], work.dH, np.int32(D), *drop_out)
             dev.launch("spread_cells", cells, THREADS, arguments)

@@ -23,8 +23,6 @@ from ..outputs import MATCHES, TIE, Mixture, lag_buckets, ramps
 
 Array = Any  # of the device
 
-EXTRA_BYTES = 1 << 28  # of what single items get, for the events that are scored at once
-
 
 class Columns(NamedTuple):
     """The N cells of a window, by column.
@@ -107,6 +105,23 @@ def mixing_shapes(
     }
 
 
+class RankWork(NamedTuple):
+    """Work arrays of `Mixing.rank` for at most N cells."""
+
+    extra: Array  # float64[N, I], what single items get beside the softmax and the unigram
+    level: Array  # float64[N, 3]
+    above: Array  # int32[tiles * N]
+
+
+def rank_shapes(cells: int, n_items: int, tile: int) -> dict[str, tuple]:
+    """Shape and dtype of each array of `RankWork`."""
+    return {
+        "extra": ((cells, n_items), np.float64),
+        "level": ((cells, 3), np.float64),
+        "above": ((-(-n_items // tile) * cells,), np.int32),
+    }
+
+
 class Mixing:
     """The mixture's own layer on a device: everything of it but the softmax.
 
@@ -171,8 +186,8 @@ class Mixing:
         C, T = columns.user.size, columns.number.size // max(columns.user.size, 1)
         w, launch = self.work, self.dev.launch
         if N == 0:
-            for name in ("dtau", "dnu", "dgate_in", "dgate_out", "dgate_user", "touched"):
-                w[name].fill(0)
+            for array in (*self.gradients, w["touched"]):
+                array.fill(0)
             return
         arguments = (blocks.gate_out, *self._arrays("hidden", "mass", "share", "p", "others"))
         arguments += self._arrays("dgate", "dhidden", "pull")
@@ -199,6 +214,11 @@ class Mixing:
         arguments += (w["touched"], count, steps, pointers, points)
         launch("mix_column", C, self._small(max(P * (MATCHES + 1), K, T)), arguments)
 
+    @property
+    def gradients(self) -> Mixture:
+        """Those of the last `backward`; nu and gate_user have a row for each column."""
+        return Mixture(*self._arrays(*(f"d{name}" for name in Mixture._fields)))
+
     def move(
         self, numbers: tuple[Any, ...], blocks: Mixture, squares: Mixture, columns: Columns
     ) -> None:
@@ -206,12 +226,11 @@ class Mixing:
 
         The rows of users without a cell are left alone.
         """
-        gradients = self._arrays("dtau", "dnu", "dgate_in", "dgate_out", "dgate_user")
         C = columns.user.size
         row = [int(np.prod(block.shape[1:])) for block in blocks]
         whole = [block.size for block in blocks]
         sizes = whole[0], row[1], whole[2], whole[3], row[4]
-        arguments = (*blocks, *squares, *gradients, columns.user, self.work["touched"])
+        arguments = (*blocks, *squares, *self.gradients, columns.user, self.work["touched"])
         arguments += (*map(np.int32, (C, *sizes)), *numbers)
         total = whole[0] + whole[2] + whole[3] + C * (row[1] + row[4])
         self.dev.launch("mix_move", -(-total // self.threads), self.threads, arguments)
@@ -226,7 +245,7 @@ class Mixing:
         target: Array,
         nll: Array,
         rank: Array,
-        extra: Array,
+        work: RankWork,
         tile: int,
     ) -> None:
         """From the softmax's nll to that of the mixture, and the targets' ranks; after `forward`.
@@ -235,19 +254,15 @@ class Mixing:
         ----------
         H : real[N, D]
         target : real[N]
-            The targets' logits, sums of products in the order of `mix_count`.
+            The targets' logits, summed in the order of `mix_count`.
         nll : float64[N]
         rank : int32[N]
-        extra : float64[N, I]
-            Work; what single items get beside the softmax and the unigram.
         tile : int
             Items of a thread block.
         """
         (N, D), n_items = H.shape, len(W_out)
-        xp, launch = self.dev.xp, self.dev.launch
-        counts = past.counts
+        launch, counts, (extra, level, above) = self.dev.launch, past.counts, work
         tiles = -(-n_items // tile)
-        level, above = xp.empty((N, 3), np.float64), xp.empty((tiles, N), np.int32)
         extra.fill(0)
         arguments = (columns.cell, columns.user, columns.start, columns.y, past.indptr)
         arguments += (past.items, blocks.tau, blocks.nu)
