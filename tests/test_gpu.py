@@ -4,10 +4,12 @@ import ctypes
 import sys
 from types import ModuleType, SimpleNamespace
 
+import emulator
 import numpy as np
 import pytest
 import test_golden
-from conftest import emulate
+from click.testing import CliRunner
+from conftest import SMALL, emulate
 from test_golden import trace  # noqa: F401, a fixture
 from test_training import KINDS, SIZES, errors, random_log
 
@@ -15,7 +17,7 @@ from crnn_np import CollaborativeRNN, backends, gradcheck, model, training
 from crnn_np.backends import gpu, reference
 from crnn_np.data import cut_tail, from_sequences
 from crnn_np.errors import DeviceError, SettingsError
-from crnn_np.evaluation import evaluate
+from crnn_np.evaluation import evaluate, read_past
 from crnn_np.model import RowGrad, Spec
 from crnn_np.optim import Rule
 from crnn_np.windows import Plan, Slice, epoch_slices
@@ -41,12 +43,15 @@ def run_epochs(backend, spec, rule, plan, log, start, n_epochs, fused=True):
     params = model.on_device(backend, start)
     acc = model.on_device(backend, model.new_accumulators(start))
     work = training.workspace(backend, spec, plan, log) if fused else None
+    past = model.on_device(backend, read_past(spec, log))
     run_of = backend if fused else SimpleNamespace(**{n: getattr(backend, n) for n in FUNCTIONS})
     loss, events = 0.0, 0
     for epoch in range(1, n_epochs + 1):
         s = backend.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
         run = epoch_slices(plan, log.lengths, epoch)
-        part = training.train_run(run_of, spec, rule, plan.scale, params, acc, s, log, run, work)
+        part = training.train_run(
+            run_of, spec, rule, plan.scale, params, acc, s, log, run, work, past
+        )
         loss, events = loss + part[0], events + part[1]
     host = SimpleNamespace(to_device=backend.to_host)
     params, acc = model.on_device(host, params), model.on_device(host, acc)
@@ -211,7 +216,7 @@ def test_update_without_a_row_changes_nothing(cupy):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("W_in_rows", ["touched", "dense"])
 @pytest.mark.parametrize("sharing", ["collaborative", "pooled"])
-@pytest.mark.parametrize("kind", [name for name in KINDS if name != "mixture"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_run_is_the_loop_over_steps(cupy, kind, sharing, W_in_rows, dropout, fused):
     spec = Spec(
@@ -336,6 +341,40 @@ def test_clipping_goes_through_step(cupy):
     assert max(errors(found, expected).values()) <= EXACT
 
 
+def small_run():
+    """Bytes of all that a short run with ragged windows writes."""
+    spec = Spec(hidden_size=3, dropout_in=0.3, dropout_out=0.3)
+    rule, plan = Rule(W_in_rows="dense"), Plan(batch=2, window=3)
+    log = random_log(np.random.default_rng(3), [5, 3], 20)
+    start = model.initialise(spec, log.n_users, log.n_items, 1)
+    found = run_epochs(gpu, spec, rule, plan, log, start, 1)
+    return b"".join(block.tobytes() for block in (*found.params, *found.acc, found.s))
+
+
+def test_the_order_of_threads_does_not_count(monkeypatch):
+    emulate(monkeypatch)
+    forwards = small_run()
+    emulate(monkeypatch, reverse=True)
+    assert small_run() == forwards
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_kernels_under_the_sanitizers(monkeypatch, sanitizer):
+    """Those of the output layer and of rows; `tests/kernels` has the others."""
+    monkeypatch.setitem(SMALL, "THREADS", 32)
+    monkeypatch.setitem(SMALL, "CELL_THREADS", 32)
+    emulate(monkeypatch)
+    plain = small_run()
+    emulate(monkeypatch, sanitizer=sanitizer)
+    assert small_run() == plain
+    rng = np.random.default_rng(1)
+    H, W_out = there(*(rng.standard_normal((n, 3)).astype(np.float32) for n in (5, 37)))
+    y = gpu.to_device(np.array([0, 36, 16, 15, 3], np.int32))
+    gpu.score("softmax", H, W_out, y)
+    grad = gpu.sum_rows(y, H)
+    gpu.update(Rule(), W_out, gpu.device().xp.zeros((37, 3), np.float32), None, 1, grad)
+
+
 # The whole path
 
 
@@ -402,17 +441,26 @@ def test_two_logs_take_turns_on_one_workspace(cupy):
     assert found[0] == found[2] != found[1]
 
 
+def test_the_command_checks_what_is_there(monkeypatch):
+    limits = [row for row in gradcheck.LIMITS if row.backend != "numba"]
+    monkeypatch.setattr(gradcheck, "LIMITS", [row for row in limits if row.dtype == "float64"])
+    monkeypatch.setattr(gradcheck, "OWN_BLOCKS", {"softmax": ()})
+    monkeypatch.setattr(gradcheck, "CASES", gradcheck.CASES[1:3])
+    emulate(monkeypatch)
+    result = CliRunner().invoke(gradcheck.main, ["--backend", "cupy"])
+    assert (result.exit_code, result.output.count(" ok\n")) == (0, 30)
+    assert "30 of 30 blocks passed" in result.output
+
+    def missing(dtype="float32"):
+        raise DeviceError("none")
+
+    monkeypatch.setattr(gpu, "device", missing)
+    result = CliRunner().invoke(gradcheck.main, [])
+    assert result.exit_code == 0
+    assert "-- cupy: not checked, no CUDA device\n30 of 30 blocks passed" in result.output
+
+
 # What can't be done
-
-
-@pytest.mark.parametrize("call", ["workspace", "mixture", "mixture_score", "output"])
-def test_the_mixture_is_not_there_yet(cupy, call):
-    arguments = {
-        "workspace": (Spec(output="mixture"), 3, 1, 1),
-        "output": ("mixture", None, None, None),
-    }.get(call, (None,) * 6)
-    with pytest.raises(SettingsError, match="'cupy' has the output layer softmax, not 'mixture'"):
-        getattr(cupy, call)(*arguments)
 
 
 def test_out_of_memory(monkeypatch):
@@ -563,9 +611,7 @@ def test_launches_and_sources(monkeypatch):
     launched = made_up_cupy(monkeypatch)
     for dtype, real in (("float32", "float"), ("float64", "double")):
         dev = gpu.Device(dtype)
-        assert {"gather", "softmax_tile", "score_tile", "gru_forward", "recurrent_update"} <= set(
-            dev._modules
-        )
+        assert set(dev._modules) == set(emulator.EmulatedDevice(dtype).kernels)
         for name, module in dev._modules.items():
             assert f"-DREAL={real}" in module.options
             assert f"{name}(" in module.code
