@@ -96,8 +96,9 @@ class Device:
             import cupy
             from cupy.cuda import cublas, get_cublas_handle  # libraries that CuPy loads late
         except ImportError as error:
+            reason = str(error).partition("\n")[0]
             raise DeviceError(
-                f"backend 'cupy' needs CuPy and the CUDA libraries ({error}): "
+                f"backend 'cupy' needs CuPy and the CUDA libraries ({reason}): "
                 'pip install "crnn_np[gpu]", or "crnn_np[gpu12]" for CUDA 12'
             ) from error
         try:
@@ -734,11 +735,9 @@ def _read_run(dev: Device, log: tuple[Array, Array], run: Slice, n_items: int) -
     T = int(run.length.max(initial=0))
     slices = [to_device(np.ascontiguousarray(field)) for field in run[:5]]
     user, begin, length, fresh, target_from = slices
-    names = "x", "cell", "y", "number"
-    shapes = {name: ((K, T * B), np.int32) for name in names}
-    shapes |= {name: ((K, T * B), dev.dtype) for name in ("event", "carry")}
-    shapes |= {"key": ((K * T * B,), np.int64)}
-    new = _allocate(shapes)
+    sizes = {name: ((K, T * B), np.int32) for name in ("x", "cell", "y", "number")}
+    sizes |= {name: ((K, T * B), dev.dtype) for name in ("event", "carry")}
+    new = _allocate(sizes | {"key": ((K * T * B,), np.int64)})
     key = new.pop("key")
     if key.size:
         out = (new["x"], new["event"], new["carry"], key, new["cell"], new["y"], new["number"])
