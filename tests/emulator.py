@@ -27,7 +27,7 @@ CHECKOUT = Path(__file__).parents[1]
 SOURCES = sorted((CHECKOUT / "kernels").glob("*.cu"))
 BUILD = CHECKOUT / "build" / "emulator"
 HEADERS = sorted(Path(__file__).parent.glob("emulator*.hpp"))
-FLAGS = ["-std=c++17", "-w", "-O2", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
+FLAGS = ["-std=c++17", "-w", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
 SANITIZERS = {
     "address": [
         "-fsanitize=address,undefined",
@@ -215,15 +215,17 @@ def compiler() -> str:
     return found
 
 
+def signatures(source: Path) -> dict[str, list]:
+    """The parameters of each kernel of a file."""
+    text = re.sub(r"\s+", " ", source.read_text(encoding="utf-8"))
+    return {name: parameters(args) for name, args in SIGNATURE.findall(text)}
+
+
 @functools.cache
-def build(source: Path, real: str, sanitizer: str | None) -> tuple[Path, dict]:
-    """Compile one kernel file, once for each content: its library or driver, and its kernels."""
-    text = source.read_text(encoding="utf-8")
-    kernels = {
-        name: parameters(args) for name, args in SIGNATURE.findall(re.sub(r"\s+", " ", text))
-    }
+def build(source: Path, real: str, sanitizer: str | None) -> Path:
+    """Compile one kernel file to a library or driver, once for each content."""
     calls = []
-    for name, params in kernels.items():
+    for name, params in signatures(source).items():
         given = (f"*static_cast<{p[0]} *>(a[{i}])" for i, p in enumerate(params))
         calls.append(f'{{"{name}", [](void **a) {{ {name}({", ".join(given)}); }}}},')
     unit = "\n".join(
@@ -240,11 +242,11 @@ def build(source: Path, real: str, sanitizer: str | None) -> tuple[Path, dict]:
     )
     flags = [*FLAGS, f"-DREAL={real}"]
     if sanitizer is None:
-        flags += ["-shared"]
+        flags += ["-O2", "-shared"]
     else:
-        flags += [*SANITIZERS[sanitizer], "-g", "-pthread", "-DEMULATOR_THREADS"]
+        flags += ["-O1", "-g", "-pthread", "-DEMULATOR_THREADS", *SANITIZERS[sanitizer]]
     included = [*HEADERS, *sorted((CHECKOUT / "kernels").glob("*.cuh"))]
-    parts = [unit, text, *flags, *(p.read_text(encoding="utf-8") for p in included)]
+    parts = [unit, *flags, *(p.read_text(encoding="utf-8") for p in (source, *included))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     made = BUILD / f"{source.stem}-{real}-{sanitizer or 'plain'}-{digest}"
     if not made.exists():
@@ -257,7 +259,7 @@ def build(source: Path, real: str, sanitizer: str | None) -> tuple[Path, dict]:
             if done.returncode:
                 raise EmulatorError(f"{source.name} does not compile as C++\n{done.stderr}")
             os.replace(Path(work) / "made", made)
-    return made, kernels
+    return made
 
 
 class EmulatedDevice:
@@ -271,7 +273,7 @@ class EmulatedDevice:
         None runs the threads of a block in lock-step. "address" (with undefined behaviour) and
         "thread" run them as real threads, in a process of their own.
     reverse : bool
-        In lock-step, the last thread of a block goes first.
+        In lock-step, the last block goes first, and in it the last thread.
     shared_limit : int
         Bytes of shared memory that a block may have.
     sources : list of Path
@@ -290,21 +292,19 @@ class EmulatedDevice:
         self.xp = Namespace()
         self.shared_limit = shared_limit
         self.launches = collections.Counter()
+        self.runs = {}
         self.sanitizer = sanitizer
         self.reverse = reverse
         self.sources = SOURCES if sources is None else sources
 
     @functools.cached_property
     def kernels(self) -> dict:
-        """For each kernel: what runs it, its number and its parameters."""
-        real = {4: "float", 8: "double"}[self.dtype.itemsize]
+        """For each kernel: its file, its number there and its parameters."""
         found = {}
         for source in self.sources:
-            made, kernels = build(source, real, self.sanitizer)
-            runs = Library(made, self.reverse) if self.sanitizer is None else Driver(made)
-            for number, (name, params) in enumerate(kernels.items()):
+            for number, (name, params) in enumerate(signatures(source).items()):
                 assert name not in found, f"two kernels are called {name}"
-                found[name] = runs, number, params
+                found[name] = source, number, params
         return found
 
     def launch(self, name, grid, block, arguments, shared=0) -> None:
@@ -318,10 +318,15 @@ class EmulatedDevice:
             raise EmulatorError(f"{name}: a block of {block}")
         if not 0 <= shared <= self.shared_limit:
             raise EmulatorError(f"{name}: {shared} bytes of shared memory")
-        runs, number, params = self.kernels[name]
+        source, number, params = self.kernels[name]
         given = self.check(name, params, arguments)
         self.launches[name] += 1
-        runs(name, number, (int(grid_x), int(grid_y), int(block), int(shared)), params, given)
+        if source not in self.runs:
+            made = build(source, {4: "float", 8: "double"}[self.dtype.itemsize], self.sanitizer)
+            self.runs[source] = Driver(made) if self.sanitizer else Library(made, self.reverse)
+        self.runs[source](
+            name, number, (int(grid_x), int(grid_y), int(block), int(shared)), params, given
+        )
 
     def check(self, name, params, arguments) -> list[np.ndarray]:
         """The arguments' memory; EmulatorError where they are not what the kernel expects."""

@@ -132,7 +132,8 @@ bool run(const Kernel &which, int blocks_x, int blocks_y, int threads, long shar
     block_size = {unsigned(threads), 1, 1};
     make(threads);
     bool good = true;
-    for (int block = 0; good && block < blocks_x * blocks_y; ++block) {
+    for (int k = 0, blocks = blocks_x * blocks_y; good && k < blocks; ++k) {
+        int block = reverse ? blocks - 1 - k : k;
         block_index = {unsigned(block % blocks_x), unsigned(block / blocks_x), 0};
         poison(shared);
         good = run_block(threads);

@@ -65,12 +65,41 @@ void wait(Scope scope, int line)
     b.opened.wait(held, [&] { return b.round != round; });
 }
 
-void run_thread(int i, const Kernel *kernel, void **arguments)
+/* All threads wait for each other; no part of the kernel's own barriers. */
+void meet()
+{
+    static Barrier between;
+    std::unique_lock<std::mutex> held(between.lock);
+    if (++between.arrived == int(block_size.x)) {
+        between.arrived = 0;
+        ++between.round;
+        between.opened.notify_all();
+        return;
+    }
+    unsigned round = between.round;
+    between.opened.wait(held, [&] { return between.round != round; });
+}
+
+void begin_block(int block, long shared)
+{
+    block_index = {block % grid_size.x, block / grid_size.x, 0};
+    free(dynamic);
+    dynamic = static_cast<unsigned char *>(malloc(shared));
+    poison(shared);
+    stopped = 0;
+}
+
+void run_thread(int i, const Kernel *kernel, long shared, void **arguments)
 {
     thread_index = {unsigned(i), 0, 0};
-    shuffle_count = 0;
-    kernel->call(arguments);
-    count_stopped(1, 0);
+    for (unsigned block = 0; block < grid_size.x * grid_size.y; ++block) {
+        if (i == 0)
+            begin_block(block, shared);
+        meet();
+        kernel->call(arguments);
+        count_stopped(1, 0);
+        meet();
+    }
 }
 
 void run(const Kernel &kernel, int blocks_x, int blocks_y, int threads, long shared,
@@ -78,24 +107,15 @@ void run(const Kernel &kernel, int blocks_x, int blocks_y, int threads, long sha
 {
     grid_size = {unsigned(blocks_x), unsigned(blocks_y), 1};
     block_size = {unsigned(threads), 1, 1};
-    for (int block = 0; block < blocks_x * blocks_y; ++block) {
-        block_index = {unsigned(block % blocks_x), unsigned(block / blocks_x), 0};
-        dynamic = static_cast<unsigned char *>(malloc(shared));
-        poison(shared);
-        stopped = 0;
-        block_barrier.size = threads;
-        block_barrier.arrived = 0;
-        for (Barrier &warp : warp_barriers) {
-            warp.size = 32;
-            warp.arrived = 0;
-        }
-        std::vector<std::thread> all;
-        for (int i = 0; i < threads; ++i)
-            all.emplace_back(run_thread, i, &kernel, arguments);
-        for (std::thread &thread : all)
-            thread.join();
-        free(dynamic);
-    }
+    block_barrier.size = threads;
+    for (Barrier &warp : warp_barriers)
+        warp.size = 32;
+    std::vector<std::thread> all;
+    for (int i = 0; i < threads; ++i)
+        all.emplace_back(run_thread, i, &kernel, shared, arguments);
+    for (std::thread &thread : all)
+        thread.join();
+    free(dynamic);
 }
 
 }  // namespace emulator
