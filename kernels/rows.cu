@@ -88,31 +88,46 @@ extern "C" __global__ void spread_cells(
             n < 0 ? real(0) : dropped(dH_cells[n * D + d], start, c * D + d, threshold, factor);
 }
 
-/* Sum of column j over the places that share the row of sorted place q.
+/* The first sorted place after q that has another key; the keys are in order and end at n. */
+__device__ inline long long segment_end(const long long *sorted, long long q, long long n)
+{
+    long long low = q + 1, high = n;
+    while (low < high) {
+        long long middle = (low + high) / 2;
+        if (sorted[middle] == sorted[q])
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
 
-   sorted, order: keys in ascending order, and the place of each, counted from `base`; the keys end
-   at n. values [places, width]. */
-__device__ real segment_sum(
-    const real *values, const long long *sorted, const long long *order, long long q, long long n,
-    long long base, long long width, long long j, u64 start, u64 threshold, real factor)
+/* Sum of column j over the sorted places q..end - 1. values [places, width], its places counted
+   from `base` in `order`. */
+__device__ inline real segment_sum(
+    const real *__restrict__ values, const long long *__restrict__ order, long long q,
+    long long end, long long base, long long width, long long j, u64 start, u64 threshold,
+    real factor)
 {
     real total = 0;
-    for (long long p = q; p < n && sorted[p] == sorted[q]; ++p) {
+#pragma unroll 4
+    for (long long p = q; p < end; ++p) {
         long long element = (order[p] - base) * width + j;
         total += dropped(values[element], start, element, threshold, factor);
     }
     return total;
 }
 
-/* sums[m] = sum of the values of one row. Block (m, part of the columns). begin [M]. */
+/* sums[m] = sum of the values of one row. Block (m, part of the columns). sorted, order [n]: keys
+   in ascending order, and the place of each; begin [M]: where each row begins in them. */
 extern "C" __global__ void sum_rows(
     const real *values, const long long *sorted, const long long *order, const long long *begin,
     real *sums, long long n, long long width)
 {
     long long m = blockIdx.x, stride = (long long)gridDim.y * blockDim.x;
+    long long q = begin[m], end = segment_end(sorted, q, n);
     for (long long j = (long long)blockIdx.y * blockDim.x + threadIdx.x; j < width; j += stride)
-        sums[m * width + j] =
-            segment_sum(values, sorted, order, begin[m], n, 0, width, j, 0, 0, real(1));
+        sums[m * width + j] = segment_sum(values, order, q, end, 0, width, j, 0, 0, real(1));
 }
 
 /* What RMSprop owes a row for the steps that it was left out of; 1 for the touched rule. */
@@ -152,10 +167,10 @@ extern "C" __global__ void move_items(
     long long q = base + blockIdx.x, row = sorted[q] - key;
     if (blockIdx.x > 0 && sorted[q - 1] == sorted[q])
         return;
+    long long end = segment_end(sorted, q, base + gridDim.x);
     real late = catch_up(stamp, row, step, dense, decay);
     for (long long j = threadIdx.x; j < width; j += blockDim.x) {
-        real g = segment_sum(dA, sorted, order, q, base + gridDim.x, base, width, j, start,
-                             threshold, factor);
+        real g = segment_sum(dA, order, q, end, base, width, j, start, threshold, factor);
         ms[row * width + j] *= late;
         rmsprop(W + row * width + j, ms + row * width + j, g, learning_rate, rho, rest, eps);
     }

@@ -231,6 +231,11 @@ def _blocks(size: int) -> int:
     return min(-(-size // THREADS), MOST_BLOCKS)
 
 
+def _across(width: int) -> int:
+    """Threads of a block that has a row of this width."""
+    return min(THREADS, 32 * -(-width // 32))
+
+
 def _by_row(rows: int, width: int) -> tuple[int, int]:
     """A grid for rows of an array, those that are long in parts."""
     return rows, min(-(-width // (8 * THREADS)), 64)
@@ -572,7 +577,7 @@ def _softmax(
         arguments = (work.E, *sums, work.U, H[part], W_out, *mixed, loss[part], dH[part], stride)
         arguments += (np.int32(n_items), np.int32(tiles), tile, np.int32(D))
         arguments += (np.int32(blend[0].shape[1] if blend else 0), real(scale))
-        dev.launch("softmax_finish", n, min(THREADS, 32 * -(-D // 32)), arguments)
+        dev.launch("softmax_finish", n, _across(D), arguments)
         for e, g, dw in zip(E, places, dW, strict=False):
             dev.product(e, g, dw, float(lo > 0))
 
@@ -838,7 +843,7 @@ def _train(
             now = states[T]
         if N:
             arguments = (states, read.cell[k], work.H, np.int32(B), np.int32(D), *drop_out)
-            dev.launch("take_states", N, THREADS, arguments)
+            dev.launch("take_states", N, _across(D), arguments)
         H, dH_cells, blend = work.H[:N], work.dH_cells[:N], None
         if mixing:
             number = read.number[k, :cells]
@@ -854,7 +859,7 @@ def _train(
             mixing.move(numbers, params.mixture, accumulators.mixture, columns)
         if T:
             arguments = (work.dH_cells, read.number[k], work.dH, np.int32(D), *drop_out)
-            dev.launch("spread_cells", cells, THREADS, arguments)
+            dev.launch("spread_cells", cells, _across(D), arguments)
             _backward(
                 dev, shape, work.dH, states, work.cache, init, params.W_h, row, event, carry,
                 work.ds0, work.dA,
@@ -867,7 +872,7 @@ def _train(
             late = np.int32(dense), np.int64(step), np.float64(rule.rho)
             arguments = (params.W_in, accumulators.W_in, accumulators.stamp, work.dA, read.sorted)
             arguments += (read.order, *places, *late, *drop_in, *numbers)
-            dev.launch("move_items", E, min(THREADS, 32 * -(-G * D // 32)), arguments)
+            dev.launch("move_items", E, _across(G * D), arguments)
         arguments = (params.W_out, accumulators.W_out, work.dW_out, np.int64(n_items * D))
         dev.launch("move_dense", _blocks(n_items * D), THREADS, (*arguments, *numbers))
     accumulators.step[0] += K
