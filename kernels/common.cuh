@@ -89,3 +89,56 @@ __device__ inline void rmsprop(
     *ms = square;
     *w -= learning_rate * g / sqrt(square + eps);
 }
+
+/* Logits of a tile of items first..last - 1 in registers only: use(e, item, logit) is called by one
+   thread for each of them, e = 0..EACH - 1 its event, of_event(e).
+
+   A thread has EACH events by EACH items at a time; LANES threads share their events, of which the
+   block has blockDim.x / LANES * EACH, at most MOST_EVENTS. A logit is one chain of fused products
+   over k = 0..D-1, so equal rows of W_out tie to the bit. All threads of the block must call it.
+   H [N, D], W_out [I, D]. */
+const int LANES = 16, EACH = 4, DEPTH = 16, ITEMS = LANES * EACH, MOST_EVENTS = 64;
+
+__device__ inline long long of_event(int e)
+{
+    int groups = blockDim.x / LANES;
+    return (long long)blockIdx.x * groups * EACH + threadIdx.x / LANES + e * groups;
+}
+
+template <class Use>
+__device__ void each_logit(const real *H, const real *W_out, int N, int D, long long first,
+                           long long last, Use use)
+{
+    __shared__ real h[MOST_EVENTS][DEPTH + 1], w[ITEMS][DEPTH + 1];
+    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
+    int events = groups * EACH;
+    long long first_event = (long long)blockIdx.x * events;
+    for (long long i0 = first; i0 < last; i0 += ITEMS) {
+        real logit[EACH][EACH] = {};
+        for (int k0 = 0; k0 < D; k0 += DEPTH) {
+            __syncthreads();
+            for (int q = threadIdx.x; q < events * DEPTH; q += blockDim.x) {
+                long long n = first_event + q / DEPTH, k = k0 + q % DEPTH;
+                h[q / DEPTH][q % DEPTH] = n < N && k < D ? H[n * D + k] : real(0);
+            }
+            for (int q = threadIdx.x; q < ITEMS * DEPTH; q += blockDim.x) {
+                long long i = i0 + q / DEPTH, k = k0 + q % DEPTH;
+                w[q / DEPTH][q % DEPTH] = i < last && k < D ? W_out[i * D + k] : real(0);
+            }
+            __syncthreads();
+            for (int k = 0; k < DEPTH; ++k)
+#pragma unroll
+                for (int e = 0; e < EACH; ++e)
+#pragma unroll
+                    for (int i = 0; i < EACH; ++i)
+                        logit[e][i] = fma(h[group + e * groups][k], w[lane + i * LANES][k],
+                                          logit[e][i]);
+        }
+#pragma unroll
+        for (int e = 0; e < EACH; ++e)
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+                if (of_event(e) < N && i0 + lane + i * LANES < last)
+                    use(e, i0 + lane + i * LANES, logit[e][i]);
+    }
+}

@@ -13,14 +13,13 @@ struct Place {
     int count;
 };
 
-__device__ inline Place place_of(int cell, int columns, const int *user, const long long *start,
+__device__ inline Place place_of(int b, int t, const int *user, const long long *start,
                                  const long long *indptr, int memory)
 {
     Place place;
-    int b = cell % columns;
     place.user = user[b];
     place.first = indptr[place.user];
-    place.at = place.first + start[b] + cell / columns;
+    place.at = place.first + start[b] + t;
     place.count = int(min((long long)memory, place.at - place.first + 1));
     return place;
 }
@@ -59,7 +58,8 @@ extern "C" __global__ void mix_forward(
     __shared__ double partial[1024];
     long long n = blockIdx.x;
     int K = STATIC + pointers, width = F + D, tid = threadIdx.x, size = blockDim.x;
-    Place place = place_of(cell[n], columns, user, start, indptr, memory);
+    int b = cell[n] % columns, t = cell[n] / columns;
+    Place place = place_of(b, t, user, start, indptr, memory);
     share += n * K;
     p += n * K;
     given += n * width;
@@ -186,7 +186,7 @@ extern "C" __global__ void mix_scores(
         long long n = number[t * columns + b];
         if (n < 0)
             continue;
-        Place place = place_of(t * columns + b, columns, user, start, indptr, memory);
+        Place place = place_of(b, t, user, start, indptr, memory);
         if (i >= place.count)
             continue;
         int match = match_of(items, place, i);
@@ -345,7 +345,8 @@ extern "C" __global__ void mix_extra(
 {
     long long n = blockIdx.x;
     int tid = threadIdx.x, size = blockDim.x;
-    Place place = place_of(cell[n], columns, user, start, indptr, memory);
+    int b = cell[n] % columns, t = cell[n] / columns;
+    Place place = place_of(b, t, user, start, indptr, memory);
     const double *g = share + n * (STATIC + pointers);
     const int *own = own_items + own_indptr[place.user];
     long long n_own = own_indptr[place.user + 1] - own_indptr[place.user];
@@ -401,57 +402,25 @@ extern "C" __global__ void mix_extra(
 
 /* Items of one tile whose probability reaches the event's cut. Block (events, t).
 
-   The logits are those of `score_tile`, in the same order of sums; target [N], logits of y.
-   above [tiles, N]. */
-const int LANES = 16, EACH = 4, DEPTH = 16, ITEMS = LANES * EACH, MOST_EVENTS = 64;
-
+   target [N], logits of y summed in the order of `each_logit`. above [tiles, N]. */
 extern "C" __global__ void mix_count(
     const real *H, const real *W_out, const real *target, const double *level,
     const double *extra, const long long *unigram, int *above, int N, int n_items, int tile, int D,
     double least)
 {
-    __shared__ real h[MOST_EVENTS][DEPTH + 1], w[ITEMS][DEPTH + 1];
-    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
-    int events = groups * EACH;
-    long long first_event = (long long)blockIdx.x * events;
     long long first = (long long)blockIdx.y * tile, last = min(first + tile, (long long)n_items);
     int count[EACH] = {};
-    for (long long i0 = first; i0 < last; i0 += ITEMS) {
-        real logit[EACH][EACH] = {};
-        for (int k0 = 0; k0 < D; k0 += DEPTH) {
-            __syncthreads();
-            for (int q = threadIdx.x; q < events * DEPTH; q += blockDim.x) {
-                long long n = first_event + q / DEPTH, k = k0 + q % DEPTH;
-                h[q / DEPTH][q % DEPTH] = n < N && k < D ? H[n * D + k] : real(0);
-            }
-            for (int q = threadIdx.x; q < ITEMS * DEPTH; q += blockDim.x) {
-                long long i = i0 + q / DEPTH, k = k0 + q % DEPTH;
-                w[q / DEPTH][q % DEPTH] = i < last && k < D ? W_out[i * D + k] : real(0);
-            }
-            __syncthreads();
-            for (int k = 0; k < DEPTH; ++k)
-                for (int e = 0; e < EACH; ++e)
-                    for (int i = 0; i < EACH; ++i)
-                        logit[e][i] = fma(h[group + e * groups][k], w[lane + i * LANES][k],
-                                          logit[e][i]);
-        }
-        for (int e = 0; e < EACH; ++e) {
-            long long n = first_event + group + e * groups;
-            for (int i = 0; n < N && i < EACH; ++i) {
-                long long item = i0 + lane + i * LANES;
-                if (item < last) {
-                    double p = blended(logit[e][i] - target[n], level[n * 3], level[n * 3 + 1],
-                                       unigram[item] + least, extra[n * n_items + item]);
-                    count[e] += !(p < level[n * 3 + 2]);
-                }
-            }
-        }
-    }
+    each_logit(H, W_out, N, D, first, last, [&](int e, long long i, real logit) {
+        long long n = of_event(e);
+        double p = blended(logit - target[n], level[n * 3], level[n * 3 + 1], unigram[i] + least,
+                           extra[n * n_items + i]);
+        count[e] += !(p < level[n * 3 + 2]);
+    });
     for (int e = 0; e < EACH; ++e) {
         for (int offset = LANES / 2; offset; offset /= 2)
             count[e] += __shfl_down_sync(FULL, count[e], offset);
-        long long n = first_event + group + e * groups;
-        if (lane == 0 && n < N)
+        long long n = of_event(e);
+        if (threadIdx.x % LANES == 0 && n < N)
             above[(long long)blockIdx.y * N + n] = count[e];
     }
 }

@@ -91,7 +91,7 @@ extern "C" __global__ void softmax_finish(
         row[at] -= real(S);
 }
 
-/* target[n] = h_n W_out[y_n], the sum in the order of `score_tile`. One thread for each event. */
+/* target[n] = h_n W_out[y_n], the sum in the order of `each_logit`. One thread for each event. */
 extern "C" __global__ void score_target(
     const real *H, const real *W_out, const int *y, real *target, int N, int D)
 {
@@ -104,69 +104,31 @@ extern "C" __global__ void score_target(
     target[n] = logit;
 }
 
-/* Sums of one tile of items, its logits in registers only. Block (events, t).
+/* Sums of one tile of items. Block (events, t).
 
-   A thread has EACH events by EACH items at a time; LANES threads share their events. Each logit
-   is one chain of fused products over k = 0..D-1, so equal rows of W_out tie to the bit.
    largest, sum, above [tiles, N]: largest logit, sum of exp(logit - largest), items that score no
    less than the target. */
-const int LANES = 16, EACH = 4, DEPTH = 16, ITEMS = LANES * EACH, MOST_EVENTS = 64;
-
-extern "C" __global__ void __launch_bounds__(256) score_tile(
+extern "C" __global__ void score_tile(
     const real *H, const real *W_out, const real *target, real *largest, double *sum, int *above,
     int N, int n_items, int tile, int D)
 {
-    __shared__ real h[MOST_EVENTS][DEPTH + 1], w[ITEMS][DEPTH + 1];
-    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
-    int events = groups * EACH;
-    long long first_event = (long long)blockIdx.x * events;
     long long first = (long long)blockIdx.y * tile, last = min(first + tile, (long long)n_items);
     real aim[EACH], m[EACH];
     double S[EACH];
     int count[EACH];
     for (int e = 0; e < EACH; ++e) {
-        long long n = first_event + group + e * groups;
-        aim[e] = n < N ? target[n] : real(0);
+        aim[e] = of_event(e) < N ? target[of_event(e)] : real(0);
         m[e] = -INFINITY;
         S[e] = count[e] = 0;
     }
-    for (long long i0 = first; i0 < last; i0 += ITEMS) {
-        real logit[EACH][EACH] = {};
-        for (int k0 = 0; k0 < D; k0 += DEPTH) {
-            __syncthreads();
-            for (int q = threadIdx.x; q < events * DEPTH; q += blockDim.x) {
-                long long n = first_event + q / DEPTH, k = k0 + q % DEPTH;
-                h[q / DEPTH][q % DEPTH] = n < N && k < D ? H[n * D + k] : real(0);
-            }
-            for (int q = threadIdx.x; q < ITEMS * DEPTH; q += blockDim.x) {
-                long long i = i0 + q / DEPTH, k = k0 + q % DEPTH;
-                w[q / DEPTH][q % DEPTH] = i < last && k < D ? W_out[i * D + k] : real(0);
-            }
-            __syncthreads();
-#pragma unroll 4
-            for (int k = 0; k < DEPTH; ++k)
-#pragma unroll
-                for (int e = 0; e < EACH; ++e)
-#pragma unroll
-                    for (int i = 0; i < EACH; ++i)
-                        logit[e][i] = fma(h[group + e * groups][k], w[lane + i * LANES][k],
-                                          logit[e][i]);
-        }
-#pragma unroll
-        for (int e = 0; e < EACH; ++e)
-#pragma unroll
-            for (int i = 0; i < EACH; ++i) {
-                real l = logit[e][i];
-                if (i0 + lane + i * LANES >= last)
-                    continue;
-                count[e] += !(l < aim[e]);
-                if (l > m[e]) {
-                    S[e] = S[e] * exp(m[e] - l) + 1;
-                    m[e] = l;
-                } else
-                    S[e] += exp(l - m[e]);
-            }
-    }
+    each_logit(H, W_out, N, D, first, last, [&](int e, long long, real l) {
+        count[e] += !(l < aim[e]);
+        if (l > m[e]) {
+            S[e] = S[e] * exp(m[e] - l) + 1;
+            m[e] = l;
+        } else
+            S[e] += exp(l - m[e]);
+    });
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
         for (int offset = LANES / 2; offset; offset /= 2) {
@@ -178,8 +140,8 @@ extern "C" __global__ void __launch_bounds__(256) score_tile(
                 S[e] = S[e] * exp(m[e] - top) + more * exp(other - top);
             m[e] = top;
         }
-        long long n = first_event + group + e * groups;
-        if (lane == 0 && n < N) {
+        long long n = of_event(e);
+        if (threadIdx.x % LANES == 0 && n < N) {
             largest[(long long)blockIdx.y * N + n] = m[e];
             sum[(long long)blockIdx.y * N + n] = S[e];
             above[(long long)blockIdx.y * N + n] = count[e];
