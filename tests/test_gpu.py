@@ -463,18 +463,27 @@ def test_the_command_checks_what_is_there(monkeypatch):
 # What can't be done
 
 
+def full(*args):
+    raise MemoryError("allocated so far: 80,000,000,000 bytes")
+
+
 def test_out_of_memory(monkeypatch):
     emulate(monkeypatch)
-
-    def full(*args):
-        raise MemoryError("allocated so far: 80,000,000,000 bytes")
-
     monkeypatch.setattr(gpu, "TILE", 2048)
     monkeypatch.setattr(gpu.device().xp, "empty", full, raising=False)
     with pytest.raises(DeviceError) as caught:
         gpu.workspace(Spec(hidden_size=128), 48188, 20, 64)
     for part in ("0.30 GB are needed for E 0.25 GB, dW_out 0.02 GB", "80,000", "lower hidden_size"):
         assert part in str(caught.value)
+
+
+def test_no_room_for_the_parameters(monkeypatch):
+    emulate(monkeypatch)
+    monkeypatch.setattr(gpu.device().xp, "asarray", full, raising=False)
+    with pytest.raises(DeviceError, match=r"0\.00 GB are needed for an array of shape \(1, 2, 2\)"):
+        CollaborativeRNN(backend="cupy", hidden_size=2, cell="tanh", output="softmax").fit(
+            from_sequences([[0, 1, 2]])
+        )
 
 
 def test_a_matrix_that_does_not_fit_is_streamed_and_a_state_that_does_not_is_an_error(monkeypatch):
