@@ -94,10 +94,10 @@ __device__ inline void rmsprop(
    thread for each of them, e = 0..EACH - 1 its event, of_event(e).
 
    A thread has EACH events by EACH items at a time; LANES threads share their events, of which the
-   block has blockDim.x / LANES * EACH, at most MOST_EVENTS. A logit is one chain of fused products
+   block has blockDim.x / LANES * EACH, at most 64. A logit is one chain of fused products
    over k = 0..D-1, so equal rows of W_out tie to the bit. All threads of the block must call it.
    H [N, D], W_out [I, D]. */
-const int LANES = 16, EACH = 4, DEPTH = 16, ITEMS = LANES * EACH, MOST_EVENTS = 64;
+const int LANES = 16, EACH = 4;
 
 __device__ inline long long of_event(int e)
 {
@@ -109,7 +109,8 @@ template <class Use>
 __device__ void each_logit(const real *H, const real *W_out, int N, int D, long long first,
                            long long last, Use use)
 {
-    __shared__ real h[MOST_EVENTS][DEPTH + 1], w[ITEMS][DEPTH + 1];
+    const int DEPTH = 16, ITEMS = LANES * EACH;
+    __shared__ real h[64][DEPTH + 1], w[ITEMS][DEPTH + 1];
     int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
     int events = groups * EACH;
     long long first_event = (long long)blockIdx.x * events;
