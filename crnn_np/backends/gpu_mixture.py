@@ -11,7 +11,10 @@ with the memory: for N cells in C columns of up to T steps
     mix_tau, mix_column   the sums of those: dtau, dnu, dgate_user
     mix_move      RMSprop on all five blocks
 
-9 launches for a window of a run. Sums of weights are in double, all in a fixed order.
+9 launches for a window of a run. Sums of weights are in double, all in a fixed order. Work arrays
+are some F + D + 2 Q + 6 K numbers a cell, and 48 bytes for each column, pointer and piece of the
+lags; the past takes 80 bytes an event, and as much again while a model is evaluated. Ranks need
+8 bytes for each item of a cell (`RankWork`), for as many cells at once as the caller has room for.
 """
 
 from typing import Any, NamedTuple
