@@ -1,6 +1,7 @@
 """The mixture on a GPU against the reference: odd shapes, columns of cells, large scores, runs.
 
-`test_mixture` has its definition, and `kernels/test_all_kernels.py` the sanitizers.
+`test_mixture` has its definition, and `kernels/test_all_kernels.py` every kernel under the
+sanitizers.
 """
 
 from types import SimpleNamespace
@@ -193,6 +194,25 @@ def test_the_same_bytes_again_and_in_any_order_of_threads(monkeypatch):
         results = [*blocks.values(), *scores(made, "float32")]
         found.append(b"".join(block.tobytes() for block in results) + np.float64(loss).tobytes())
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_a_memory_of_several_blocks_under_the_sanitizers(monkeypatch, sanitizer):
+    """More lags and events of the user's own than threads; the same bits as without."""
+    made = problem(6, pointers=1, n_cells=2, memory=70, longest=150, n_items=4)
+    u = int(np.argmax([len(events) for events in made.sequences]))
+    first, last = made.past.indptr[u], made.past.indptr[u + 1]
+    assert last - first > 72
+    at = np.array([last - 2, first + 40])
+    user = np.array([u, u], np.int32)
+    made = made._replace(cells=Cells(made.past.items[at + 1], user, at))
+    found = []
+    for options in ({}, {"sanitizer": sanitizer}):
+        emulate(monkeypatch, **options)
+        monkeypatch.setattr(gpu, "THREADS", 32)
+        loss, blocks = losses_and_gradients(made, "float32")
+        found.append((loss, [b.tobytes() for b in (*blocks.values(), *scores(made, "float32"))]))
+    assert found[0] == found[1]
 
 
 # Columns of cells
