@@ -11,6 +11,8 @@ PROFILE ?= full
 DATASETS ?=
 RESULTS ?= results
 ARGS ?=
+NVCC ?= nvcc
+GPUS := sm_75 sm_80 sm_90
 
 help:
 	@echo 'make demo         train on a built-in data set and compare with the lowest attainable error'
@@ -18,6 +20,7 @@ help:
 	@echo 'make reproduce    the tables and figures of the paper from the data at hand (hours;'
 	@echo '                  ARGS=--dry-run prints the plan, PROFILE=quick takes minutes)'
 	@echo 'make gradcheck    check all gradients, one row for each block of parameters'
+	@echo 'make kernels      compile the CUDA kernels, where there is nvcc'
 	@echo 'make lint         check the style'
 	@echo 'make test-oldest  run the tests with the oldest dependencies (needs Python 3.11)'
 	@echo 'make install      only make the virtual environment, $(VENV)'
@@ -53,6 +56,18 @@ reproduce: $(VENV)/.installed
 gradcheck: $(VENV)/.installed
 	'$(VENV)/bin/python' -m crnn_np.gradcheck
 
+# Only to see that they compile: the package compiles them on first use, for the device it finds.
+kernels:
+	@command -v '$(NVCC)' > /dev/null || { echo 'kernels: NOT COMPILED, no nvcc'; exit 0; }; \
+	work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && \
+	for file in kernels/*.cu; do for real in float double; do \
+	    '$(NVCC)' -std=c++17 -DREAL=$$real -Werror all-warnings -fatbin -o "$$work/fatbin" \
+	        $(foreach gpu,$(GPUS),-gencode arch=$(gpu:sm_%=compute_%),code=$(gpu)) "$$file" \
+	        || { echo "kernels: $$file does not compile for $$real" >&2; exit 1; }; \
+	done; done; \
+	echo "kernels: $$(cat kernels/*.cu | grep -c 'extern "C" __global__') compiled for" \
+	    "$$(echo '$(GPUS)' | sed 's/ /, /g')"
+
 lint: $(VENV)/.installed
 	'$(VENV)/bin/ruff' check .
 
@@ -66,4 +81,4 @@ clean:
 	rm -rf build dist crnn_np.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -path './$(VENV)' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help install demo test reproduce gradcheck lint test-oldest clean
+.PHONY: help install demo test reproduce gradcheck kernels lint test-oldest clean

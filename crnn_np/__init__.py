@@ -9,6 +9,7 @@ _HOMES = {
     "CollaborativeRNN": "estimator",
     "CrnnError": "errors",
     "DataError": "errors",
+    "DeviceError": "errors",
     "EventLog": "data",
     "Explanation": "explain",
     "ModelError": "errors",

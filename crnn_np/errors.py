@@ -19,3 +19,7 @@ class ModelError(CrnnError):
 
 class TrainingError(CrnnError):
     """Training can't go on: the loss is not finite."""
+
+
+class DeviceError(CrnnError):
+    """The GPU can't be used: no CuPy, no device, a device too old or without enough memory."""

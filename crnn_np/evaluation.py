@@ -14,7 +14,7 @@ import numpy as np
 from .data import EventLog, concatenate
 from .errors import DataError
 from .history import Past, count
-from .model import Params, Spec, gather
+from .model import Params, Spec, gather, on_device
 from .outputs import Cells
 from .windows import Window, replay_slices
 
@@ -140,9 +140,10 @@ def evaluate(
     """
     spec = replace(spec, dropout_in=0.0, dropout_out=0.0)
     log = concatenate(train, heldout)
-    known = read_past(spec, log, train)
+    known = on_device(backend, read_past(spec, log, train))
     run = replay_slices(log.lengths, train.lengths)
-    s = np.zeros((1, run.user.shape[1], spec.hidden_size), spec.dtype)
+    params = on_device(backend, params)
+    s = backend.to_device(np.zeros((1, run.user.shape[1], spec.hidden_size), spec.dtype))
     users, firsts, nlls, ranks = [], [], [], []
     H: list[Array] = []
     found: list[Cells] = []
@@ -157,8 +158,8 @@ def evaluate(
             )
         else:
             nll, rank = backend.score(spec.output, states, params.W_out, cells.y)
-        nlls.append(nll)
-        ranks.append(rank)
+        nlls.append(backend.to_host(nll))
+        ranks.append(backend.to_host(rank))
         H.clear()
         found.clear()
 
@@ -173,8 +174,8 @@ def evaluate(
         cells = window.target > 0
         if not cells.any():
             continue
-        t, b = np.nonzero(cells)
-        users.append(window.user[b])
+        t, b = np.nonzero(backend.to_host(cells))
+        users.append(piece.user[b])
         firsts.append(piece.start[b] + t + 1 == piece.target_from[b])
         H.append(states[1:, 0][cells])
         found.append(target_cells(window))

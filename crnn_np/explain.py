@@ -12,7 +12,7 @@ import numpy as np
 from .data import EventLog
 from .errors import ModelError, SettingsError
 from .evaluation import read_past
-from .model import MixtureParams, Spec, gather
+from .model import MixtureParams, Spec, gather, on_device
 from .outputs import EXPERTS, STATIC, Cells, attention, mixture_distributions, recall
 from .settings import nearest
 from .windows import replay_slices
@@ -152,7 +152,8 @@ def _pointers(n: int) -> list[str]:
 def _replay(backend: ModuleType, spec: Spec, params: MixtureParams, log: EventLog) -> Array:
     """The state real[1, D] after the sequence of the log's only user with events."""
     run = replay_slices(log.lengths, np.zeros(log.n_users, np.int64), batch=1)
-    s = np.zeros((1, 1, spec.hidden_size), spec.dtype)
+    params = on_device(backend, params)
+    s = backend.to_device(np.zeros((1, 1, spec.hidden_size), spec.dtype))
     for k in range(run.key.size):
         window = backend.window(log, run.one(k), spec.dtype)
         A, W_h = gather(backend, spec, params, window, 0)
@@ -160,7 +161,7 @@ def _replay(backend: ModuleType, spec: Spec, params: MixtureParams, log: EventLo
             spec.cell_kind, s, spec.init_state, A, W_h, window.event, window.carry
         )
         s = states[-1]
-    return s[0]
+    return backend.to_host(s)[0]
 
 
 def shorten(text: str, width: int = 24) -> str:

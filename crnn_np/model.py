@@ -244,11 +244,25 @@ def new_accumulators(params: Params | MixtureParams) -> Accumulators | MixtureAc
     return kind(*squares[:3], *counters, *squares[3:])
 
 
-def _input_keep(spec: Spec, window: Window, key: int) -> Array | None:
+def on_device(backend: ModuleType, blocks: tuple | None) -> tuple | None:
+    """A named tuple of arrays, or of such tuples, where a backend computes; None stays None.
+
+    The same arrays where that is the host.
+    """
+    if blocks is None:
+        return None
+    parts = (
+        on_device(backend, b) if isinstance(b, tuple) else backend.to_device(b) for b in blocks
+    )
+    return type(blocks)(*parts)
+
+
+def _input_keep(backend: ModuleType, spec: Spec, window: Window, key: int) -> Array | None:
     if not spec.dropout_in:
         return None
     width = spec.gates * spec.hidden_size
-    return dropout_keep(key, INPUT, *window.x.shape, width, spec.dropout_in, spec.dtype)
+    keep = dropout_keep(key, INPUT, *window.x.shape, width, spec.dropout_in, spec.dtype)
+    return backend.to_device(keep)
 
 
 def gather(
@@ -262,7 +276,7 @@ def gather(
     W_h : real[B or 1, D, G*D]
     """
     A = backend.take_rows(params.W_in, window.x.ravel()).reshape(*window.x.shape, -1)
-    keep = _input_keep(spec, window, key)
+    keep = _input_keep(backend, spec, window, key)
     A = A if keep is None else A * keep
     pooled = spec.sharing == "pooled"
     return A, params.W_h if pooled else backend.take_rows(params.W_h, window.user)
@@ -279,12 +293,13 @@ def scatter(
     -------
     dW_h, dW_in : RowGrad
     """
-    keep = _input_keep(spec, window, key)
+    keep = _input_keep(backend, spec, window, key)
     dA = dA if keep is None else dA * keep
     event = window.event > 0
     dW_in = backend.sum_rows(window.x[event], dA[event])
     if spec.sharing == "pooled":
-        return RowGrad(np.zeros(1, np.int32), dW_h, int(event.any())), dW_in
+        row = backend.to_device(np.zeros(1, np.int32))
+        return RowGrad(row, dW_h, int(event.any())), dW_in
     users = event.any(axis=0)
     return backend.sum_rows(window.user[users], dW_h[users]), dW_in
 

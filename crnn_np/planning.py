@@ -16,7 +16,16 @@ from . import backends
 from .data import EventLog, concatenate, cut_tail, from_sequences
 from .errors import SettingsError
 from .evaluation import evaluate, read_past
-from .model import Accumulators, Params, Spec, blank, initialise, new_accumulators, shapes
+from .model import (
+    Accumulators,
+    Params,
+    Spec,
+    blank,
+    initialise,
+    new_accumulators,
+    on_device,
+    shapes,
+)
 from .optim import Rule
 from .training import train_run, validation_split, workspace
 from .windows import Plan, epoch_slices
@@ -123,12 +132,13 @@ def _rehearse(
         held.append(read_past(spec, part))
         params = blank(spec, users, log.n_items)
         acc = new_accumulators(params)
-        s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
-        past = read_past(spec, few)
-        train_run(module, spec, rule, plan.scale, params, acc, s, few, first, held[0], past)
+        live = on_device(module, params), on_device(module, acc)
+        s = module.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
+        past = on_device(module, read_past(spec, few))
+        train_run(module, spec, rule, plan.scale, *live, s, few, first, held[0], past)
         if plan.patience:
             held.append(concatenate(part, validation))
-            evaluate(module, spec, params, *cut_tail(few, np.clip(few.lengths - 1, 0, 8)))
+            evaluate(module, spec, live[0], *cut_tail(few, np.clip(few.lengths - 1, 0, 8)))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         if not traced:
@@ -178,7 +188,8 @@ def memory(
 
     What the process holds with the kernels loaded is measured, and one window rehearsed for what
     is held beside parameters and accumulators. Where kernels had to be compiled, the memory of the
-    compiler counts too; the next process loads them and needs less.
+    compiler counts too; the next process loads them and needs less. The memory of a GPU does not
+    count.
     """
     load_kernels(spec, rule, plan, backend)
     now, most = _resident()
@@ -214,8 +225,10 @@ def sample_epoch(
     n_windows = run.key.size
     if not n_windows:
         return 0.0, 0.0
-    work, past = workspace(module, spec, plan, log), read_past(spec, log)
-    s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+    work = workspace(module, spec, plan, log)
+    past = on_device(module, read_past(spec, log))
+    params, acc = on_device(module, params), on_device(module, acc)
+    s = module.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
     events = np.clip(log.lengths[run.user] - 1 - run.start, 0, run.length).sum(axis=1)
 
     def timed(first: int, last: int) -> float:

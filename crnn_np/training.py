@@ -27,6 +27,7 @@ from .model import (
     gather,
     initialise,
     new_accumulators,
+    on_device,
     scatter,
 )
 from .optim import Rule
@@ -111,6 +112,7 @@ def gradients(
     H = states[1:, 0]
     if spec.dropout_out:
         keep = dropout_keep(key, OUTPUT, *H.shape, spec.dropout_out, spec.dtype)
+        keep = backend.to_device(keep)
         H = H * keep
     cells = window.target > 0
     if spec.output == "mixture":
@@ -279,7 +281,7 @@ def _train_epoch(
     """One pass over all users; the mean loss per event and the number of events."""
     run = epoch_slices(plan, log.lengths, epoch)
     total = int(np.maximum(log.lengths - 1, 0).sum())
-    s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+    s = backend.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
     loss, events, done, size = 0.0, 0, 0, 4
     while done < run.key.size:
         began = time.perf_counter()
@@ -402,16 +404,20 @@ def epochs(
             accumulators = None
         if accumulators is None:
             accumulators = new_accumulators(params)
-        past = read_past(spec, part)
+        past = on_device(module, read_past(spec, part))
+        live = on_device(module, params), on_device(module, accumulators)
         for epoch in range(first + len(before), last + 1):
             began = time.perf_counter()
             loss, events = _train_epoch(
-                module, spec, rule, plan, params, accumulators, part, epoch, work, past, progress
+                module, spec, rule, plan, *live, part, epoch, work, past, progress
             )
+            for own, there in zip((*params, *accumulators), (*live[0], *live[1]), strict=True):
+                if own is not there:
+                    own[...] = module.to_host(there)
             seconds = time.perf_counter() - began
             scores = None
             if phase == "choose":
-                scores = evaluate(module, spec, params, part, validation)
+                scores = evaluate(module, spec, live[0], part, validation)
             report = Report(phase, epoch, last, loss, events, seconds, scores, None, None, None)
             report = report._replace(best_epoch=_best_epoch([*made, report]))
             made.append(report)

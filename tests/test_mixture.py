@@ -19,7 +19,7 @@ EXACT = 1e-11  # of the largest element: two orders of summation in float64
 SINGLE = 2e-5  # the same in float32
 ROUNDED = 1e-6  # features and experts are float32
 
-NAMES = [n for n in backends.MODULES if hasattr(backends.get(n), "mixture")]
+NAMES = tuple(backends.MODULES)
 every_backend = pytest.mark.parametrize("name", NAMES)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -216,10 +216,25 @@ def assert_close(ours, expected, limit=EXACT, what=""):
     assert error <= limit, f"{what}: largest relative difference {error:.1e}, limit {limit:.0e}"
 
 
+def moved(backend, arguments):
+    """Where the backend computes."""
+    *arrays, memory = arguments
+    H, W_out, *tuples = arrays
+    there = (model.on_device(backend, one) for one in tuples)
+    return backend.to_device(H), backend.to_device(W_out), *there, memory
+
+
 def gradients(name, arguments):
     """Loss and gradients of a backend, in the order of BLOCKS."""
-    loss, dH, dW_out, dmixture = backends.get(name).mixture(*arguments)
-    return loss, [dH, dW_out, *dmixture]
+    backend = backends.get(name)
+    loss, dH, dW_out, dmixture = backend.mixture(*moved(backend, arguments))
+    return loss, [*map(backend.to_host, (dH, dW_out, *dmixture))]
+
+
+def scores(name, arguments):
+    """nll and rank of a backend."""
+    backend = backends.get(name)
+    return [*map(backend.to_host, backend.mixture_score(*moved(backend, arguments)))]
 
 
 # Loss and gradients
@@ -268,23 +283,23 @@ def test_backends_agree_on_many_cells(name, problem):
     assert_close(loss, wanted_loss, what="loss")
     for block, ours, theirs in zip(BLOCKS, found, wanted, strict=True):
         assert_close(ours, theirs, what=block)
-    ours = backends.get(name).mixture_score(*problem.arguments)
-    theirs = backends.get("numpy").mixture_score(*problem.arguments)
+    ours = scores(name, problem.arguments)
+    theirs = scores("numpy", problem.arguments)
     assert_close(ours[0], theirs[0], what="nll")
     np.testing.assert_array_equal(ours[1], theirs[1])
 
 
+@every_backend
 @examples(40)
 @given(problem=problems)
-def test_the_loss_from_nothing_but_the_sequences(problem):
+def test_the_loss_from_nothing_but_the_sequences(name, problem):
     """Features and experts by the oracle too, in float64: they are rounded in a `Past`."""
     loss = 0.0
     for n, y in enumerate(problem.cells.y):
         p, shares = full(problem, n, known_features(problem, n))
         loss -= np.log(mixture_oracle.mixed(shares, p)[y])
-    for name in NAMES:
-        found, _ = gradients(name, problem.arguments)
-        assert found == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    found, _ = gradients(name, problem.arguments)
+    assert found == pytest.approx(loss, rel=1e-5, abs=1e-5)
 
 
 @every_backend
@@ -300,7 +315,7 @@ def test_large_scores_do_not_overflow(name, seed):
     assert_close(loss, wanted_loss, 300 * EXACT, "loss")
     for block, ours, theirs in zip(BLOCKS, found, wanted, strict=True):
         assert_close(ours, theirs, 300 * EXACT, block)
-    nll, _ = backends.get(name).mixture_score(*problem.arguments)
+    nll, _ = scores(name, problem.arguments)
     assert nll.sum() == pytest.approx(loss, rel=ROUNDED, abs=ROUNDED)
 
 
@@ -341,7 +356,7 @@ def test_no_cells(name, dtype):
     shapes[3], shapes[6] = (0, *shapes[3][1:]), (0, *shapes[6][1:])
     assert [g.shape for g in found] == shapes
     assert not any(g.any() for g in found)
-    nll, rank = backends.get(name).mixture_score(*arguments)
+    nll, rank = scores(name, arguments)
     assert nll.shape == rank.shape == (0,)
 
 
@@ -350,7 +365,7 @@ def test_no_cells(name, dtype):
 @given(problem=problems)
 def test_the_loss_and_the_scores_are_sums_over_cells(name, problem):
     loss, found = gradients(name, problem.arguments)
-    nll, rank = backends.get(name).mixture_score(*problem.arguments)
+    nll, rank = scores(name, problem.arguments)
     total, dW_out = 0.0, np.zeros_like(problem.W_out)
     for n in range(len(problem.H)):
         cells = outputs.Cells(*(column[n : n + 1] for column in problem.cells))
@@ -359,7 +374,7 @@ def test_the_loss_and_the_scores_are_sums_over_cells(name, problem):
         assert_close(found[0][n], grads[0][0], what="H")
         assert_close(found[3][n], grads[3][0], what="nu")
         assert_close(found[6][n], grads[6][0], what="gate_user")
-        score, place = backends.get(name).mixture_score(*one.arguments)
+        score, place = scores(name, one.arguments)
         assert_close(score, nll[n : n + 1], what="nll")
         assert place[0] == rank[n]
         total, dW_out = total + cost, dW_out + grads[1]
@@ -374,7 +389,7 @@ def test_the_loss_and_the_scores_are_sums_over_cells(name, problem):
 @examples(40)
 @given(problem=problems)
 def test_scores_are_the_oracles(name, problem):
-    nll, rank = backends.get(name).mixture_score(*problem.arguments)
+    nll, rank = scores(name, problem.arguments)
     assert nll.dtype == np.float64
     assert rank.dtype == np.int32
     for n, y in enumerate(problem.cells.y):
@@ -389,7 +404,7 @@ def test_scores_are_the_oracles(name, problem):
 @examples(30)
 @given(problem=mild)
 def test_scores_in_single_precision(name, problem):
-    nll, rank = backends.get(name).mixture_score(*problem.single())
+    nll, rank = scores(name, problem.single())
     for n, y in enumerate(problem.cells.y):
         every = mixture_oracle.mixed(*full(problem, n)[::-1])
         assert nll[n] == pytest.approx(-np.log(every[y]), rel=SINGLE, abs=SINGLE)
@@ -434,7 +449,7 @@ def test_probabilities_of_all_items_sum_to_one(name, problem):
     for item in range(problem.n_items):
         one = with_target(problem, 0, item)
         loss, _ = gradients(name, one.arguments)
-        nll, rank = backends.get(name).mixture_score(*one.arguments)
+        nll, rank = scores(name, one.arguments)
         assert nll[0] == pytest.approx(loss, rel=ROUNDED, abs=ROUNDED)
         total += np.exp(-loss)
         every.append(np.exp(-nll[0]))
@@ -460,7 +475,7 @@ def test_items_that_occur_nowhere_tie_and_ties_count_against_us(name):
         W_out[5:] = rng.normal(size=3)
         nowhere = [problem._replace(past=past, W_out=W_out)] * 3
         found = [
-            backends.get(name).mixture_score(*with_target(p, 0, item).arguments)
+            scores(name, with_target(p, 0, item).arguments)
             for p, item in zip(nowhere, (5, 6, 7), strict=True)
         ]
         every = mixture_oracle.mixed(*full(with_target(nowhere[0], 0, 5), 0)[::-1])
@@ -487,7 +502,7 @@ def test_probabilities_summed_in_another_order_tie(name, dtype):
             sequences = [[*items, y]]
             cells, past = cells_of(sequences, [(0, 7)]), read(sequences, [0], 4)
             blocks = params.mixture._replace(tau=tau)
-            _, rank = backends.get(name).mixture_score(H, W_out, blocks, cells, past, 9)
+            _, rank = scores(name, (H, W_out, blocks, cells, past, 9))
             assert rank[0] == 2
 
 
@@ -502,7 +517,7 @@ def test_a_layer_that_knows_nothing_ranks_a_new_item_last(name, dtype, n_items):
     H, W_out = np.ones((1, 2), dtype), np.zeros((n_items, 2), dtype)
     cells = cells_of(sequences, [(0, 2)])
     past = read(sequences, [3], n_items)
-    _, rank = backends.get(name).mixture_score(H, W_out, params.mixture, cells, past, 4)
+    _, rank = scores(name, (H, W_out, params.mixture, cells, past, 4))
     assert rank[0] == n_items
 
 
@@ -537,9 +552,9 @@ def test_memory_beyond_the_history_changes_nothing(name, seed, longer):
     other[2] = dtau[:, :n]
     for block, ours, theirs in zip(BLOCKS, other, found, strict=True):
         assert_close(ours, theirs, what=block)
-    scores = [backends.get(name).mixture_score(*p.arguments) for p in (problem, more)]
-    assert_close(scores[1][0], scores[0][0])
-    np.testing.assert_array_equal(scores[1][1], scores[0][1])
+    (nll, rank), (other_nll, other_rank) = (scores(name, p.arguments) for p in (problem, more))
+    assert_close(other_nll, nll)
+    np.testing.assert_array_equal(other_rank, rank)
 
 
 def test_buckets_of_lags():
@@ -591,9 +606,9 @@ def test_other_users_are_only_seen_through_what_was_counted(name, problem, seed)
     assert_close(ours[0], theirs[0])
     for block, a, b in zip(BLOCKS, ours[1], theirs[1], strict=True):
         assert_close(a, b, what=block)
-    scores = [backends.get(name).mixture_score(*p.arguments) for p in (one, other)]
-    assert_close(scores[1][0], scores[0][0])
-    np.testing.assert_array_equal(scores[1][1], scores[0][1])
+    (nll, rank), (other_nll, other_rank) = (scores(name, p.arguments) for p in (one, other))
+    assert_close(other_nll, nll)
+    np.testing.assert_array_equal(other_rank, rank)
 
 
 # Whole models
@@ -815,12 +830,15 @@ def a_window(name, seed=0, users=3, n_items=6, n=9):
     lengths[-1] = 0
     piece = crnn_np.windows.epoch_slices(plan, lengths, 1).one(0)
     window = backends.get(name).window(log, piece, "float64")
-    s0 = np.zeros((1, users - 1, SPEC.hidden_size))
-    return params, s0, window, evaluation.read_past(SPEC, log)
+    backend = backends.get(name)
+    s0 = backend.to_device(np.zeros((1, users - 1, SPEC.hidden_size)))
+    past = model.on_device(backend, evaluation.read_past(SPEC, log))
+    return model.on_device(backend, params), s0, window, past
 
 
-def blocks_of(grads):
-    return [g.values[: g.count] if isinstance(g, model.RowGrad) else g for g in grads]
+def blocks_of(backend, grads):
+    values = (g.values[: g.count] if isinstance(g, model.RowGrad) else g for g in grads)
+    return [*map(backend.to_host, values)]
 
 
 @every_backend
@@ -831,30 +849,32 @@ def test_a_step_clips_the_norm_of_all_blocks_together(name, share):
     backend = backends.get(name)
     grads = training.gradients(backend, SPEC, params, s0, window, 0, 1.0, past)[1]
     assert grads._fields == model.MixtureParams._fields
-    norm = np.sqrt(sum((block**2).sum() for block in blocks_of(grads)))
+    norm = np.sqrt(sum((block**2).sum() for block in blocks_of(backend, grads)))
 
     def step(scale, clip):
         fresh = type(params)(*(b.copy() for b in params))
         state = model.new_accumulators(fresh)
         rule = optim.Rule(learning_rate=0.1, rho=0.9, eps=1e-2, clip=clip)
         training.step(backend, SPEC, rule, fresh, state, s0, window, 0, scale, past)
-        return fresh
+        return blocks_of(backend, fresh)
 
     clipped, scaled = step(1.0, share * norm), step(min(share, 1.0), 0.0)
-    for block, ours, theirs, old in zip(params._fields, clipped, scaled, params, strict=True):
+    before = blocks_of(backend, params)
+    for block, ours, theirs, old in zip(params._fields, clipped, scaled, before, strict=True):
         assert_close(ours, theirs, what=block)
         assert (ours != old).any(), block
 
 
 @every_backend
 def test_a_step_leaves_users_without_an_event_as_they_were(name):
+    backend = backends.get(name)
     params, s0, window, past = a_window(name)
     fresh = type(params)(*(b.copy() for b in params))
     state = model.new_accumulators(fresh)
     rule = optim.Rule()
-    training.step(backends.get(name), SPEC, rule, fresh, state, s0, window, 0, 1.0, past)
+    training.step(backend, SPEC, rule, fresh, state, s0, window, 0, 1.0, past)
     for block in ("nu", "gate_user"):
-        old, new = getattr(params, block), getattr(fresh, block)
+        old, new, squares = blocks_of(backend, (getattr(x, block) for x in (params, fresh, state)))
         np.testing.assert_array_equal(new[2], old[2])
-        assert not getattr(state, block)[2].any()
+        assert not squares[2].any()
         assert (new[:2] != old[:2]).any(axis=tuple(range(1, new.ndim))).all()

@@ -5,6 +5,7 @@ import configparser
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,17 @@ def test_version_stands_once():
     assert setup["metadata"]["version"] == "attr: crnn_np.__version__"
     latest = (CHECKOUT / "CHANGES.rst").read_text(encoding="utf-8").splitlines()[3]
     assert latest.split()[0] == crnn_np.__version__
+
+
+def test_kernels_are_a_package():
+    packaged = {
+        p.name: p.read_text("utf-8")
+        for p in resources.files("crnn_np.kernels").iterdir()
+        if p.name.endswith((".cu", ".cuh"))
+    }
+    folder = CHECKOUT / "kernels"
+    assert packaged == {p.name: p.read_text(encoding="utf-8") for p in folder.glob("*.cu*")}
+    assert "common.cuh" in packaged
 
 
 def test_no_large_files():

@@ -182,7 +182,7 @@ def test_logits_that_are_all_large_or_all_small(shift):
     start = start._replace(W_in=W_in, W_h=np.zeros_like(start.W_h), W_out=W_out)
     plain = run_epochs("numpy", spec, rule, plan, log, start)
     W_out[:, 0] += shift
-    for name in backends.MODULES:
+    for name in ("numpy", "numba"):
         for dtype, limit in (("float64", 4e-17), ("float32", 1e-8)):  # measured: a quarter
             own = Spec(**{**vars(spec), "dtype": dtype})
             found = run_epochs(name, own, rule, plan, log, start)
@@ -389,7 +389,7 @@ def test_without_refit_the_best_epoch_is_kept(monkeypatch, backend, given):
     assert len(reports) == 6
     assert digest(reports[-1]) == digest(straight[-1])
     for kept, then in zip(reports[-1].params, seen[2][0], strict=True):
-        np.testing.assert_array_equal(kept, then)
+        np.testing.assert_array_equal(kept, backends.get(backend).to_host(then))
     assert reports[-1].validation == {"nll": 3}
 
 
@@ -560,7 +560,7 @@ def test_far_too_large_steps_stay_finite(backend, dtype, kind):
     assert 1e5 < report.loss < 1e10
 
 
-@pytest.mark.parametrize("backend", backends.MODULES)
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_far_too_large_steps_of_a_mixture_are_an_error(backend):
     """Where all that knows the next item has lost its share, its probability is 0."""
     spec = Spec(hidden_size=3, dtype="float64", **KINDS["mixture"])

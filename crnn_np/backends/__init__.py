@@ -1,11 +1,11 @@
-"""The table of backends: the same functions of one window, in NumPy and in Numba."""
+"""The table of backends: the same functions of one window, in NumPy, Numba and CUDA."""
 
 import importlib
 from types import ModuleType
 
 from ..errors import SettingsError
 
-MODULES = {"numpy": "reference", "numba": "jit"}
+MODULES = {"numpy": "reference", "numba": "jit", "cupy": "gpu"}
 FUNCTIONS = (
     "to_device",
     "to_host",

@@ -1,0 +1,50 @@
+"""The emulated device in the place of a GPU, for the backend "cupy"."""
+
+import functools
+
+import emulator
+import pytest
+
+from crnn_np import training
+from crnn_np.backends import gpu
+from crnn_np.errors import DeviceError
+
+SMALL = {"THREADS": 64, "CELL_THREADS": 64, "TILE": 16}
+
+
+def emulate(monkeypatch, **options):
+    """Put an emulated device in the backend's place for the GPU, with small blocks and tiles."""
+    made = functools.cache(lambda dtype="float32": emulator.EmulatedDevice(dtype, **options))
+    monkeypatch.setattr(gpu, "device", made)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(gpu, name, value)
+
+
+@functools.cache
+def there() -> bool:
+    """Whether this machine has a CUDA device."""
+    try:
+        gpu.device()
+    except DeviceError:
+        return False
+    return True
+
+
+@pytest.fixture(params=["emulator", pytest.param("device", marks=pytest.mark.gpu)])
+def cupy(request, monkeypatch):
+    """The module of backend "cupy", on the emulated device and on a real one."""
+    if request.param == "emulator":
+        emulate(monkeypatch)
+    elif not there():
+        pytest.skip("no CUDA device")
+    return gpu
+
+
+@pytest.fixture(autouse=True)
+def _a_device_for_the_parameter_cupy(request, monkeypatch):
+    given = getattr(request.node, "callspec", None)
+    if given and "cupy" in map(str, given.params.values()):
+        # Else the clock says how many windows make a run, and so how a loss is rounded.
+        monkeypatch.setattr(training, "RUN_SECONDS", 1e9)
+        if not there():
+            emulate(monkeypatch)

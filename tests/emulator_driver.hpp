@@ -1,0 +1,35 @@
+/* A process that runs one launch: read from standard input, arrays to standard output. */
+#include <stdint.h>
+
+static void read_all(void *to, size_t bytes)
+{
+    if (fread(to, 1, bytes, stdin) != bytes)
+        abort();
+}
+
+int main()
+{
+    int64_t head[6]; /* kernel, blocks_x, blocks_y, threads, shared, arguments */
+    read_all(head, sizeof head);
+    int n = int(head[5]);
+    std::vector<void *> memory(n), values(n);
+    std::vector<int64_t> bytes(n), pointer(n);
+    for (int i = 0; i < n; ++i) {
+        int64_t argument[3]; /* is a pointer, the first argument with the same memory, bytes */
+        read_all(argument, sizeof argument);
+        pointer[i] = argument[0];
+        bytes[i] = argument[2];
+        void *given = malloc(bytes[i]);
+        read_all(given, bytes[i]);
+        if (argument[1] != i)
+            free(given);
+        memory[i] = argument[1] == i ? given : memory[argument[1]];
+        values[i] = pointer[i] ? &memory[i] : memory[i];
+    }
+    emulator::run(emulator_kernels[head[0]], int(head[1]), int(head[2]), int(head[3]), head[4],
+                  values.data());
+    for (int i = 0; i < n; ++i)
+        if (pointer[i] == 1)
+            fwrite(memory[i], 1, bytes[i], stdout);
+    return 0;
+}
