@@ -222,13 +222,14 @@ def train_run(
     -------
     loss, events : summed over the run
     """
-    if hasattr(backend, "train_run") and not rule.clip:
-        return backend.train_run(spec, rule, scale, params, accumulators, s, log, run, work, past)
-    if spec.products != "full":
+    fused = hasattr(backend, "train_run") and not rule.clip
+    if spec.products not in (backend.PRODUCTS if fused else ("full",)):
         raise SettingsError(
             f"products is {spec.products!r}, which the fused run of backend 'numba' has, without "
             "clip: set products to 'full', or the backend to 'numba' and clip to 0"
         )
+    if fused:
+        return backend.train_run(spec, rule, scale, params, accumulators, s, log, run, work, past)
     loss, events = 0.0, 0
     for k in range(run.key.size):
         piece = run.one(k)

@@ -157,7 +157,7 @@ def small_log():
     return random_log(np.random.default_rng(3), [9, 12], 7)
 
 
-@pytest.mark.parametrize("changed", [{"backend": "numpy"}, {"clip": 1.0}])
+@pytest.mark.parametrize("changed", [{"backend": "numpy"}, {"backend": "cupy"}, {"clip": 1.0}])
 def test_only_the_fused_run_has_them(changed, monkeypatch):
     monkeypatch.setattr(jit, "HALF", True)
     monkeypatch.setattr(training, "workspace", lambda *_: None)

@@ -22,7 +22,7 @@ FUNCTIONS = (
 )
 
 Backend = ModuleType
-"""A module with `FUNCTIONS`, and `workspace` and `train_run` where it has a fused run."""
+"""A module with `FUNCTIONS`; `workspace`, `train_run` and `PRODUCTS` where it has a fused run."""
 
 
 def check_name(name: str) -> None:

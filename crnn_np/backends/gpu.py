@@ -65,6 +65,7 @@ __all__ = [
 
 Array = Any  # of the device: a cupy.ndarray
 
+PRODUCTS = ("full",)  # `Spec.products`
 THREADS = 256  # of a block
 CELL_THREADS = 1024  # of a block that has a column of a window, at most
 TILE = 2048  # items

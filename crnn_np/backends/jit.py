@@ -79,6 +79,7 @@ Array = np.ndarray
 
 log_ = logging.getLogger(__name__)
 
+PRODUCTS = "full", "bfloat16"  # `Spec.products`
 TILE = 96  # items; E of a tile fits in the second-level cache beside its rows of W_out
 TANH, GRU, GRU_SIGMOID = 0, 1, 2
 KINDS = {"tanh": TANH, "gru": GRU, "gru-sigmoid": GRU_SIGMOID}
