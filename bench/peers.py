@@ -1,7 +1,7 @@
 """Training speed beside PyTorch on the same machine, interleaved.
 
     pip install 'crnn_np[bench]'
-    python bench/peers.py [DIR] [--quick] [--rounds 7] [--threads 2] [--json FILE]
+    python bench/peers.py [DIR] [--quick] [--rounds 7] [--threads 2] [--device gpu] [--json FILE]
 
 Events per second on full windows of the presets' batches, "1 x 128" (paper) and "20 x 64"
 (authors), of the collaborative GRU with its tanh candidate, without dropout: for the shapes of
@@ -13,6 +13,10 @@ are taken round by round. `torch_peers.py` has the peers.
 
 "crnn_np, bfloat16" has products="bfloat16", on processors that can; "crnn_np, output mixture" is
 the same network with the output layer of preset `mixture`.
+
+With --device gpu all of them run on the first CUDA device, crnn_np with backend "cupy", products in
+strict float32. The floor is then PyTorch's product of large matrices, and peak memory that of the
+process on the host.
 
 For DIR there is a second table: our rate at the windows of an epoch as they come, short ones
 included and with dropout, beside the rate at full windows; events without a target do not count.
@@ -33,11 +37,14 @@ import numpy as np
 from machine import describe_machine
 
 import crnn_np
+from crnn_np import backends
 from crnn_np.windows import Slice, epoch_slices
 
 SHAPES = {"Brightkite": (1679, 23243, 32), "Last.fm": (954, 48188, 128)}
 BATCHES = {"1 x 128": "paper", "20 x 64": "authors"}
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+BACKENDS = {"cpu": "numba", "gpu": "cupy"}
+TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 OURS = "crnn_np"
 VARIANTS = {  # name: settings
     OURS: {},
@@ -77,7 +84,7 @@ def full_windows(log, plan, K: int) -> Slice:
     return Slice(*(field[order] for field in run))
 
 
-def torch_windows(log, run: Slice) -> Iterator:
+def torch_windows(log, run: Slice, device: str) -> Iterator:
     """The same windows for PyTorch: users, and x [B, T + 1] with the event that follows."""
     import torch
 
@@ -85,8 +92,8 @@ def torch_windows(log, run: Slice) -> Iterator:
         piece = run.one(k)
         at = log.indptr[piece.user] + piece.start
         index = np.minimum(at[:, None] + np.arange(piece.length.max() + 1), log.n_events - 1)
-        users = torch.from_numpy(piece.user.astype(np.int64))
-        yield users, torch.from_numpy(log.items[index].astype(np.int64))
+        users = torch.from_numpy(piece.user.astype(np.int64)).to(device)
+        yield users, torch.from_numpy(log.items[index].astype(np.int64)).to(device)
 
 
 def case_of(spec: dict):
@@ -114,7 +121,7 @@ def ours(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
 
     numba.set_num_threads(spec["threads"])
     log, settings = case_of(spec)
-    train = trainer(log, settings)
+    train = trainer(log, settings, BACKENDS[spec["device"]])
     run = full_windows(log, settings.plan, 4096)
     train(run.part(0, 1))
     events, took = train(run.part(0, 2))
@@ -122,17 +129,18 @@ def ours(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     return lambda: train(run.part(0, K))
 
 
-def trainer(log, settings) -> Callable[[Slice], tuple[float, float]]:
-    """A function that trains on windows and tells their events and seconds."""
-    from crnn_np import backends, evaluation, model
+def trainer(log, settings, name: str = "numba") -> Callable[[Slice], tuple[float, float]]:
+    """A function that trains on windows in a backend and tells their events and seconds."""
+    from crnn_np import evaluation, model
 
     spec, rule, plan = settings
-    past = evaluation.read_past(spec, log)
-    backend = backends.get("numba")
+    backend = backends.get(name)
+    past = model.on_device(backend, evaluation.read_past(spec, log))
     params = model.initialise(spec, log.n_users, log.n_items, 0)
-    acc = model.new_accumulators(params)
+    acc = model.on_device(backend, model.new_accumulators(params))
+    params = model.on_device(backend, params)
     work = backend.workspace(spec, log.n_items, plan.batch, plan.window)
-    s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+    s = backend.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
 
     def train(run: Slice) -> tuple[float, float]:
         began = time.perf_counter()
@@ -147,11 +155,13 @@ def peer(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     import torch
     import torch_peers
 
+    device = TORCH_DEVICES[spec["device"]]
+    torch.set_default_device(device)
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     log, settings = case_of(spec)
     plan = settings.plan
-    windows = list(torch_windows(log, full_windows(log, plan, 64)))
+    windows = list(torch_windows(log, full_windows(log, plan, 64), device))
     contender = getattr(torch_peers, PEERS[spec["name"]][0])(
         log.n_users, log.n_items, spec["D"], settings.rule, plan.batch
     )
@@ -159,6 +169,8 @@ def peer(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     def run(some) -> tuple[float, float]:
         began = time.perf_counter()
         contender.run(some)
+        if device != "cpu":
+            torch.cuda.synchronize()
         events = sum(x.shape[0] * (x.shape[1] - 1) for _, x in some)
         return events, time.perf_counter() - began
 
@@ -171,18 +183,24 @@ def peer(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
 def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     """Operations (GFLOP) and seconds of the fastest float32 product: ours, NumPy's, PyTorch's."""
     import torch
-    from kernels import product_rate
+    from products import product_rate
 
     torch.set_num_threads(spec["threads"])
-    a = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
-    b = torch.from_numpy(a)
+    gpu = spec["device"] == "gpu"
+    size = 8192 if gpu else 1024
+    a = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+    b = torch.from_numpy(a).to(TORCH_DEVICES[spec["device"]])
 
     def rate(product: Callable) -> float:
         began = time.perf_counter()
         product()
-        return 2e-9 * 1024**3 / (time.perf_counter() - began)
+        if gpu:
+            torch.cuda.synchronize()
+        return 2e-9 * size**3 / (time.perf_counter() - began)
 
     def best() -> tuple[float, float]:
+        if gpu:
+            return max(rate(lambda: b @ b) for _ in range(10)), 1.0
         others = max(rate(product) for product in 5 * [lambda: a @ a, lambda: b @ b])
         return max(others, product_rate(spec["threads"])), 1.0
 
@@ -196,7 +214,7 @@ def ragged(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     numba.set_num_threads(spec["threads"])
     log = crnn_np.load(spec["directory"]).train
     settings = crnn_np.resolve(spec["preset"], hidden_size=spec["D"])
-    train = trainer(log, settings)
+    train = trainer(log, settings, BACKENDS[spec["device"]])
     full = full_windows(log, settings.plan, 4096)
     train(full.part(0, 1))
     _, took = train(full.part(0, 2))
@@ -355,13 +373,21 @@ def show(row: dict) -> None:
 @click.option("--quick", is_flag=True, help="Within 8 minutes on 2 cores: 3 short rounds.")
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default=True)
+@click.option("--device", type=click.Choice(tuple(BACKENDS)), default="cpu", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 @click.option("--worker", hidden=True)
-def main(directory, D: int, quick: bool, rounds: int, threads: int, json_file, worker) -> None:
+def main(
+    directory, D: int, quick: bool, rounds: int, threads: int, device: str, json_file, worker
+) -> None:
     """Print training events per second beside PyTorch's, their ratios, and peak memory."""
     if worker:
         work(json.loads(worker))
         return
+    if device == "gpu":
+        try:
+            backends.get("cupy").device()
+        except crnn_np.DeviceError as error:
+            raise click.ClickException(str(error)) from error
     about = describe_machine() | {
         "threads": threads,
         "date": time.strftime("%Y-%m-%d"),
@@ -372,6 +398,7 @@ def main(directory, D: int, quick: bool, rounds: int, threads: int, json_file, w
     common = {
         "directory": str(Path(directory).resolve()) if directory else None,
         "threads": threads,
+        "device": device,
         "seconds": 0.5 if quick else 1.0,
     }
     rounds = 3 if quick else rounds

@@ -1,7 +1,8 @@
 """The collaborative GRU of Eqs. 21-24 in PyTorch, as the peers of `peers.py`.
 
 A contender is made from the numbers of users and items, D, the settings of RMSprop and the number
-of users side by side; `run` trains on windows (users int64[B], x int64[B, T + 1]).
+of users side by side; `run` trains on windows (users int64[B], x int64[B, T + 1]). Everything is
+made on PyTorch's default device, where the windows must be too.
 """
 
 import math

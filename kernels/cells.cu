@@ -464,7 +464,7 @@ __device__ __forceinline__ Tile tile_sums(const real *__restrict__ states,
 {
     int rows = blockDim.x / 2, across = (D + rows - 1) / rows;
     int plain = G == 1 ? D : 2 * D, plain_tiles = (plain + COLUMNS - 1) / COLUMNS;
-    int index = blockIdx.x / across, d0 = blockIdx.x % across * rows;
+    int index = blockIdx.y / across, d0 = blockIdx.y % across * rows;
     bool reset = index >= plain_tiles;
     int j0 = reset ? plain + (index - plain_tiles) * COLUMNS : index * COLUMNS;
     int row = threadIdx.x / 8, column = threadIdx.x % 8;
@@ -505,7 +505,7 @@ __device__ __forceinline__ Tile tile_sums(const real *__restrict__ states,
 }
 
 /* dW_h [B, D, G*D], or [1, D, G*D] where `pooled`.
-   Grid: (tiles, B or 1) with tiles = ceil(D / (threads / 2)) * (ceil(D / 32), or for a GRU
+   Grid: (B or 1, tiles) with tiles = ceil(D / (threads / 2)) * (ceil(D / 32), or for a GRU
    ceil(2 D / 32) + ceil(D / 32)). Shared memory: 16 * (threads / 2 + 32) reals. */
 extern "C" __global__ void __launch_bounds__(256)
 recurrent_gradient(const real *__restrict__ states, const real *__restrict__ cache,
@@ -513,7 +513,7 @@ recurrent_gradient(const real *__restrict__ states, const real *__restrict__ cac
                    real *__restrict__ dW_h, int T, int B, int D, int G, int pooled)
 {
     SHARED(real, work);
-    int b = blockIdx.y;
+    int b = blockIdx.x;
     Tile tile = tile_sums(states, cache, dA, carry, init, T, B, D, G, b * T,
                           (pooled ? B : b + 1) * T, work);
     real *out = dW_h + (long long)b * D * G * D;
@@ -535,7 +535,7 @@ recurrent_update(const real *__restrict__ states, const real *__restrict__ cache
                  real rest, real eps, int T, int B, int D, int G, int pooled)
 {
     SHARED(real, work);
-    int b = blockIdx.y, from = b * T, to = (pooled ? B : b + 1) * T;
+    int b = blockIdx.x, from = b * T, to = (pooled ? B : b + 1) * T;
     int events = 0;
     for (int n = from + threadIdx.x; n < to; n += blockDim.x)
         events |= event[n % T * B + n / T] > 0;

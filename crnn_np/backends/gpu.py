@@ -439,7 +439,7 @@ def _matrices(dev: Device, shape: Shape, name: str, pooled: bool, arguments: Arg
     G = shape.gates
     threads = min(256, CELL_THREADS, 32 * -(-D // 16))
     tiles = sum(-(-columns // 32) for columns in ((D,) if G == 1 else (2 * D, D)))
-    grid = tiles * -(-2 * D // threads), 1 if pooled else B
+    grid = 1 if pooled else B, tiles * -(-2 * D // threads)
     shared = 16 * (threads // 2 + 32) * dev.dtype.itemsize
     sizes = map(np.int32, (T, B, D, G, pooled))
     dev.launch(name, grid, threads, (*arguments, *sizes), shared)

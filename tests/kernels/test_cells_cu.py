@@ -90,7 +90,7 @@ def product(dev, name, threads, B, D, G, pooled, arguments):
     tiles = -(-D // 32) if G == 1 else -(-2 * D // 32) + -(-D // 32)
     shared = 16 * (threads // 2 + 32) * dev.dtype.itemsize
     flags = np.int32(G), np.int32(pooled)
-    dev.launch(name, (across * tiles, 1 if pooled else B), threads, (*arguments, *flags), shared)
+    dev.launch(name, (1 if pooled else B, across * tiles), threads, (*arguments, *flags), shared)
 
 
 def error(got, want):

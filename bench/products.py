@@ -1,6 +1,6 @@
 """Where the time of a window goes: the kernels of the Numba backend, one by one and together.
 
-    python bench/kernels.py [--threads 2] [--rounds 15]
+    python bench/products.py [--threads 2] [--rounds 15]
 
 For the shapes of Brightkite (23,243 items, D = 32, blocks of 128 events) and Last.fm (48,188 items,
 D = 128, blocks of 256): each line is the median over interleaved rounds, in GFLOP/s of the matrix
