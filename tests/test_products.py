@@ -157,12 +157,12 @@ def small_log():
     return random_log(np.random.default_rng(3), [9, 12], 7)
 
 
-@pytest.mark.parametrize("changed", [{"backend": "numpy"}, {"backend": "cupy"}, {"clip": 1.0}])
-def test_only_the_fused_run_has_them(changed, monkeypatch):
+@pytest.mark.parametrize(("name", "clip"), [("numpy", 0.0), ("cupy", 0.0), ("numba", 1.0)])
+def test_only_the_fused_run_has_them(name, clip, monkeypatch):
     monkeypatch.setattr(jit, "HALF", True)
     monkeypatch.setattr(training, "workspace", lambda *_: None)
     with pytest.raises(SettingsError, match="set products to 'full', or the backend to 'numba'"):
-        CollaborativeRNN(products="bfloat16", epochs=1, **changed).fit(small_log())
+        CollaborativeRNN(products="bfloat16", epochs=1, backend=name, clip=clip).fit(small_log())
 
 
 def test_a_processor_that_cannot(monkeypatch):
