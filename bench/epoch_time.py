@@ -8,7 +8,7 @@ first epoch of the prepared data in DIR for at least --seconds, and scales up by
 is not the whole epoch. Each point has a process of its own, whose largest memory is told. Where the
 matrices of all users and their accumulators do not fit into 8 GB, C-GRU runs with the first users
 that do, and its rate counts for the events of all. A point that is in the file is not measured
-again. There is no GPU backend yet: all points are the CPU's.
+again. Where there is a CUDA device every point is measured on it too; the memory is the host's.
 """
 
 import json
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from crnn_np import backends, data, methods, planning
 from crnn_np.model import initialise, new_accumulators, shapes
 
 MODELS = {"C-GRU": "c-gru", "P-GRU": "p-gru"}
+BACKENDS = {"CPU": "numba", "GPU": "cupy"}
 ROOM = 8e9  # bytes of parameters and accumulators
 
 
@@ -54,15 +56,27 @@ def first_users(log: crnn_np.EventLog, n: int) -> crnn_np.EventLog:
     )
 
 
-def point(log: crnn_np.EventLog, name: str, hidden_size: int, seconds: float) -> dict[str, Any]:
+def devices() -> list[str]:
+    """The CPU, and the GPU where there is one."""
+    try:
+        backends.get(BACKENDS["GPU"]).device()
+    except crnn_np.DeviceError:
+        return ["CPU"]
+    return ["CPU", "GPU"]
+
+
+def point(
+    log: crnn_np.EventLog, name: str, hidden_size: int, device: str, seconds: float
+) -> dict[str, Any]:
     """Measure one model with one hidden size; meant for a process of its own."""
     model = methods.new(MODELS[name], preset="authors", hidden_size=hidden_size)
     spec, rule, plan = model.settings
-    planning.load_kernels(spec, rule, plan)
+    backend = BACKENDS[device]
+    planning.load_kernels(spec, rule, plan, backend)
     users = users_that_fit(model, log)
     some = first_users(log, users)
     params = initialise(spec, users, log.n_items, 0)
-    module = backends.get("numba")
+    module = backends.get(backend)
     found, measured = planning.sample_epoch(
         module, spec, rule, plan, params, new_accumulators(params), some, seconds
     )
@@ -72,7 +86,7 @@ def point(log: crnn_np.EventLog, name: str, hidden_size: int, seconds: float) ->
     note = None if users == log.n_users else f"{users} of {log.n_users} users, the others scaled"
     return {
         "model": name,
-        "device": "CPU",
+        "device": device,
         "hidden_size": hidden_size,
         "users": users,
         "users_note": note,
@@ -102,18 +116,17 @@ def measure(
     found = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if {key: found.get(key) for key in asked} != asked:
         found = asked | {"rows": []}
-    there = {(row["model"], row["hidden_size"]) for row in found["rows"]}
+    there = {(row["model"], row["hidden_size"], row["device"]) for row in found["rows"]}
     spawn = multiprocessing.get_context("spawn")
-    for size in sizes:
-        for model in MODELS:
-            if (model, size) in there:
-                continue
-            with ProcessPoolExecutor(1, mp_context=spawn) as process:
-                row = process.submit(point, log, model, size, seconds).result()
-            found["rows"].append(row)
-            found |= {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d")}
-            write_json(file, found)
-            yield row
+    for size, model, device in product(sizes, MODELS, devices()):
+        if (model, size, device) in there:
+            continue
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            row = process.submit(point, log, model, size, device, seconds).result()
+        found["rows"].append(row)
+        found |= {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d")}
+        write_json(file, found)
+        yield row
 
 
 def line(row: dict[str, Any]) -> str:
@@ -121,8 +134,8 @@ def line(row: dict[str, Any]) -> str:
     scaled = f"scaled up from {row['measured_seconds']:.0f} s" if row["scaled"] else "whole"
     note = f"; {row['users_note']}" if row["users_note"] else ""
     return (
-        f"{row['model']} D = {row['hidden_size']:4}: {row['seconds_per_epoch']:9.1f} s an epoch "
-        f"({scaled}), {row['events_per_second']:9,.0f} events/s, {row['peak_gb']:.2f} GB{note}"
+        f"{row['model']} {row['device']} D = {row['hidden_size']:4}: "
+        f"{row['seconds_per_epoch']:9.1f} s an epoch ({scaled}), {row['events_per_second']:9,.0f} events/s, {row['peak_gb']:.2f} GB{note}"
     )
 
 
