@@ -135,7 +135,8 @@ def line(row: dict[str, Any]) -> str:
     note = f"; {row['users_note']}" if row["users_note"] else ""
     return (
         f"{row['model']} {row['device']} D = {row['hidden_size']:4}: "
-        f"{row['seconds_per_epoch']:9.1f} s an epoch ({scaled}), {row['events_per_second']:9,.0f} events/s, {row['peak_gb']:.2f} GB{note}"
+        f"{row['seconds_per_epoch']:9.1f} s an epoch ({scaled}), "
+        f"{row['events_per_second']:9,.0f} events/s, {row['peak_gb']:.2f} GB{note}"
     )
 
 
