@@ -21,7 +21,7 @@ class CollaborativeRNN:
         Named settings to start from, "mixture", "authors" or "paper"; None for the bare defaults.
     like : str, optional
         Kind of log, for presets that have settings of their own for it ("lastfm").
-    backend : {"numba", "numpy"}
+    backend : {"numba", "numpy", "cupy"}
         "numpy" is the plain reference.
     **settings
         Any field of `Spec` (the model), `Rule` (the optimiser) and `Plan` (windows, batches,

@@ -414,7 +414,7 @@ def epochs(
             )
             for own, there in zip((*params, *accumulators), (*live[0], *live[1]), strict=True):
                 if own is not there:
-                    own[...] = module.to_host(there)
+                    module.to_host(there, out=own)
             seconds = time.perf_counter() - began
             scores = None
             if phase == "choose":

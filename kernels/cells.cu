@@ -12,12 +12,6 @@
    from slow memory is read in whole lines. Input of the next step is loaded a step ahead. */
 #include "common.cuh"
 
-const int WIDTH = 16 / sizeof(real);
-
-struct alignas(16) Pack {
-    real v[WIDTH];
-};
-
 /* Room for n reals, a whole number of packs. */
 __device__ inline int packed(int n)
 {

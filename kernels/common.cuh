@@ -8,6 +8,12 @@
 typedef REAL real;
 typedef unsigned long long u64;
 
+const int WIDTH = 16 / sizeof(real);
+
+struct alignas(16) Pack {
+    real v[WIDTH];
+};
+
 #ifndef INFINITY /* the run-time compiler has no math.h */
 #define INFINITY __int_as_float(0x7f800000)
 #endif

@@ -8,25 +8,38 @@
 /* E = exp(logit - shift) in place, for one tile of one event. Block (n, t).
 
    shift, sum [tiles, N]: the tile's largest logit, and the sum of its E. target [N]: the logit of
-   the event's item y [N]. */
+   the event's item y [N]. Rows and tiles are whole packs: those of a shorter last tile go on in the
+   row's padding, which gets zeros. */
 extern "C" __global__ void softmax_tile(
-    real *E, const int *y, real *shift, double *sum, real *target, long long stride, int n_items,
-    int tile)
+    real *__restrict__ E, const int *__restrict__ y, real *__restrict__ shift,
+    double *__restrict__ sum, real *__restrict__ target, long long stride, int n_items, int tile)
 {
     long long n = blockIdx.x, N = gridDim.x, t = blockIdx.y;
     real *row = E + n * stride + t * tile;
+    Pack *packs = reinterpret_cast<Pack *>(row);
     int size = int(min((long long)tile, n_items - t * tile));
     real largest = -INFINITY;
-    for (int i = threadIdx.x; i < size; i += blockDim.x)
-        largest = row[i] > largest ? row[i] : largest;
+    for (int i = threadIdx.x; i * WIDTH < size; i += blockDim.x) {
+        Pack pack = packs[i];
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k)
+            if (i * WIDTH + k < size)
+                largest = pack.v[k] > largest ? pack.v[k] : largest;
+    }
     if (threadIdx.x == 0 && y[n] / tile == t)
         target[n] = row[y[n] % tile];
     largest = block_max(largest);
     double total = 0;
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {
-        real e = exp(row[i] - largest);
-        row[i] = e;
-        total += e;
+    for (int i = threadIdx.x; i * WIDTH < size; i += blockDim.x) {
+        Pack pack = packs[i];
+        real part = 0;
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k) {
+            pack.v[k] = i * WIDTH + k < size ? exp(pack.v[k] - largest) : real(0);
+            part += pack.v[k];
+        }
+        packs[i] = pack;
+        total += part;
     }
     total = block_sum(total);
     if (threadIdx.x == 0) {
@@ -44,10 +57,11 @@ extern "C" __global__ void softmax_tile(
    With K > 0 the softmax is distribution 0 of a mixture: share [N, K] and others [N] are what
    `mix_forward` leaves, p [N, K] gets p_0, and the gradients are times r_0. */
 extern "C" __global__ void softmax_finish(
-    real *E, const int *y, const real *shift, const double *sum, const real *target, real *U,
-    const real *H, const real *W_out, const double *share, const double *others, double *p,
-    double *loss, real *dH, long long stride, int n_items, int tiles, int tile, int D, int K,
-    real scale)
+    real *__restrict__ E, const int *__restrict__ y, const real *__restrict__ shift,
+    const double *__restrict__ sum, const real *__restrict__ target, real *__restrict__ U,
+    const real *__restrict__ H, const real *__restrict__ W_out, const double *share,
+    const double *others, double *p, double *__restrict__ loss, real *__restrict__ dH,
+    long long stride, int n_items, int tiles, int tile, int D, int K, real scale)
 {
     long long n = blockIdx.x, N = gridDim.x;
     int own = y[n] / tile, at = y[n] % tile;
@@ -73,6 +87,7 @@ extern "C" __global__ void softmax_finish(
     real inverse = real(1 / S);
     for (int d = threadIdx.x; d < D; d += blockDim.x) {
         real u = 0, g = H[n * D + d] * (scale * inverse);
+#pragma unroll 4
         for (int t = 0; t < tiles; ++t) {
             real factor = exp(shift[t * N + n] - largest);
             real *place = U + (t * N + n) * D + d;
@@ -85,9 +100,14 @@ extern "C" __global__ void softmax_finish(
     real *row = E + n * stride + (long long)own * tile, factor = exp(shift[own * N + n] - largest);
     int size = int(min((long long)tile, n_items - (long long)own * tile));
     if (factor != 1)
-        for (int i = threadIdx.x; i < size; i += blockDim.x)
-            row[i] *= factor;
-    if (threadIdx.x == at % blockDim.x) /* the thread that has row[at] in the loop */
+        for (int i = threadIdx.x; i * WIDTH < size; i += blockDim.x) {
+            Pack pack = reinterpret_cast<Pack *>(row)[i];
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k)
+                pack.v[k] *= factor;
+            reinterpret_cast<Pack *>(row)[i] = pack;
+        }
+    if (threadIdx.x == at / WIDTH % blockDim.x) /* the thread that has row[at] in the loop */
         row[at] -= real(S);
 }
 

@@ -16,6 +16,11 @@ def emulate(monkeypatch, **options):
     """Put an emulated device in the backend's place for the GPU, with small blocks and tiles."""
     made = functools.cache(lambda dtype="float32": emulator.EmulatedDevice(dtype, **options))
     monkeypatch.setattr(gpu, "device", made)
+    _shrink(monkeypatch)
+
+
+def _shrink(monkeypatch):
+    """Small blocks and tiles, so that small cases have several of them."""
     for name, value in SMALL.items():
         monkeypatch.setattr(gpu, name, value)
 
@@ -30,12 +35,25 @@ def there() -> bool:
     return True
 
 
-@pytest.fixture(params=["emulator", pytest.param("device", marks=pytest.mark.gpu)])
+ON_DEVICE = [pytest.param(name, marks=pytest.mark.gpu) for name in ("device", "device-small")]
+
+
+@pytest.fixture(params=["emulator", *ON_DEVICE])
 def cupy(request, monkeypatch):
-    """The module of backend "cupy", on the emulated device and on a real one."""
+    """The module of backend "cupy": on the emulated device, and on a real one with both sizes."""
     if request.param == "emulator":
         emulate(monkeypatch)
     elif not there():
+        pytest.skip("no CUDA device")
+    elif request.param == "device-small":
+        _shrink(monkeypatch)
+    return gpu
+
+
+@pytest.fixture(params=ON_DEVICE[:1])
+def device(request):
+    """The module of backend "cupy" on a real device, for what takes long on the emulated one."""
+    if not there():
         pytest.skip("no CUDA device")
     return gpu
 

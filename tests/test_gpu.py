@@ -246,6 +246,28 @@ def test_a_run_of_odd_sizes(cupy, case):
     assert_same_run(cupy, spec, rule, plan, log, start, windows=5)
 
 
+REAL_SIZES = {  # settings, items, B, T
+    "Last.fm": ({"hidden_size": 128}, 5000, 20, 64),
+    "Last.fm, one user": ({"hidden_size": 128, "dropout_out": 0.5}, 4096, 1, 128),
+    "Brightkite": ({"hidden_size": 32, "dropout_in": 0.2}, 23243, 20, 64),
+    "tanh": ({"hidden_size": 240, "cell": "tanh"}, 3000, 5, 16),
+    "a matrix of their own too large": ({"hidden_size": 300}, 3000, 3, 32),
+    "one matrix": ({"hidden_size": 200, "sharing": "pooled", "candidate": "sigmoid"}, 3000, 20, 32),
+    "mixture": ({"hidden_size": 32, "output": "mixture", "pointers": 2}, 3000, 4, 64),
+}
+
+
+@pytest.mark.parametrize("case", REAL_SIZES)
+def test_a_run_of_real_sizes(device, case, monkeypatch):
+    """Blocks of 1024 threads with all the shared memory there is, tiles of 2048 items."""
+    settings, n_items, B, T = REAL_SIZES[case]
+    monkeypatch.setattr(device, "LOGITS_BYTES", 1 << 24)  # of 5000 items: 834 cells in float32
+    spec, plan = Spec(**settings), Plan(batch=B, window=T, loss_scale="mean")
+    log = random_log(np.random.default_rng(5), [2 * T + 2] * B + [T // 2], n_items)
+    start = model.initialise(spec, log.n_users, n_items, 1)
+    assert_same_run(device, spec, Rule(eps=1e-4), plan, log, start, windows=4)
+
+
 @pytest.mark.parametrize("size", [20, 1e4])
 def test_a_run_with_large_logits(cupy, size):
     spec = Spec(hidden_size=4, cell="tanh", init_state=0.5, dtype="float64")

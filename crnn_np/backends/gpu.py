@@ -108,7 +108,8 @@ class Device:
             attributes = there.attributes
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise DeviceError(
-                f"backend 'cupy' found no CUDA device ({error}): see what nvidia-smi says, or use "
+                f"backend 'cupy' found no CUDA device ({error}): see what nvidia-smi says; CUDA 13 "
+                'needs driver 580 or later, for an older one pip install "crnn_np[gpu12]"; or use '
                 "backend 'numba'"
             ) from error
         if capability < OLDEST:
@@ -264,9 +265,9 @@ def to_device(array: np.ndarray) -> Array:
         return device().xp.asarray(array)
 
 
-def to_host(array: Array) -> np.ndarray:
-    """An array of the device as a NumPy array."""
-    return array if isinstance(array, np.ndarray) else array.get()
+def to_host(array: Array, out: np.ndarray | None = None) -> np.ndarray:
+    """An array of the device as a NumPy array, a new one or `out`."""
+    return array if isinstance(array, np.ndarray) else array.get(out=out)
 
 
 def window(log: EventLog, piece: Slice, dtype: np.dtype) -> Window:
