@@ -414,7 +414,7 @@ def epochs(
             )
             for own, there in zip((*params, *accumulators), (*live[0], *live[1]), strict=True):
                 if own is not there:
-                    module.to_host(there, out=own)
+                    own[...] = module.to_host(there)
             seconds = time.perf_counter() - began
             scores = None
             if phase == "choose":

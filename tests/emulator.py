@@ -98,14 +98,9 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
     def __setitem__(self, key, value) -> None:
         self._host[unwrap(key)] = unwrap(value)
 
-    def get(self, out=None) -> np.ndarray:
-        """A copy on the host, a new one or `out`, which must be like this array."""
-        if out is None:
-            return self._host.copy()
-        if (out.shape, out.dtype) != (self.shape, self.dtype) or not out.flags.c_contiguous:
-            raise TypeError(f"get: {self.dtype}{self.shape} to {out.dtype}{out.shape}")
-        out[...] = self._host
-        return out
+    def get(self) -> np.ndarray:
+        """A copy on the host."""
+        return self._host.copy()
 
     def set(self, host: np.ndarray) -> None:
         """Copy from the host, same shape and dtype."""

@@ -265,9 +265,9 @@ def to_device(array: np.ndarray) -> Array:
         return device().xp.asarray(array)
 
 
-def to_host(array: Array, out: np.ndarray | None = None) -> np.ndarray:
-    """An array of the device as a NumPy array, a new one or `out`."""
-    return array if isinstance(array, np.ndarray) else array.get(out=out)
+def to_host(array: Array) -> np.ndarray:
+    """An array of the device as a NumPy array."""
+    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def window(log: EventLog, piece: Slice, dtype: np.dtype) -> Window:

@@ -38,8 +38,8 @@ def to_device(array: Array) -> Array:
     return array
 
 
-def to_host(array: Array, out: Array | None = None) -> Array:
-    """An array of this backend as a NumPy array: itself, whatever `out` is."""
+def to_host(array: Array) -> Array:
+    """An array of this backend as a NumPy array."""
     return array
 
 
