@@ -175,9 +175,13 @@ def peak_bytes(spec: dict) -> int:
     """The most that a contender has taken: on the device, or all of its process."""
     if spec["device"] == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if "cupy" in sys.modules:
-        return sys.modules["cupy"].get_default_memory_pool().total_bytes()
-    return sys.modules["torch"].cuda.max_memory_allocated()
+    if spec["name"] in (*PEERS, *FLOORS["gpu"]):
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import cupy
+
+    return cupy.get_default_memory_pool().total_bytes()
 
 
 # ---------------------------------------------------------------- contenders, each in a process

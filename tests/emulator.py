@@ -1,8 +1,9 @@
 """A device for `crnn_np.backends.gpu` that needs no GPU: the same kernels, compiled as C++.
 
-`EmulatedDevice` has what the backend knows of a device: ``xp``, ``launch`` and ``product``. Its
-arrays refuse to be mixed with arrays of the host, as CuPy's do, and begin as NaN. The threads of a
-block run in lock-step (fast), or as real threads in a process of their own under the sanitizers.
+`EmulatedDevice` has what the backend knows of a device: ``xp``, ``capability``, ``launch`` and
+``product``. Its arrays refuse to be mixed with arrays of the host, as CuPy's do, and begin as NaN.
+The threads of a block run in lock-step (fast), or as real threads in a process of their own under
+the sanitizers.
 """
 
 import collections

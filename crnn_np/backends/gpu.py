@@ -1,8 +1,8 @@
 """The CUDA backend: the functions of the reference on one NVIDIA GPU, and a fused run of windows.
 
 Kernels are in ``kernels/*.cu``, compiled on first use; large products are cuBLAS's. All that is
-known of the device is in `Device`: ``xp`` (CuPy), ``launch`` and ``product``. Everything runs in
-one stream, and every sum in a fixed order: a run repeats bit for bit.
+known of the device is in `Device`: ``xp`` (CuPy), ``capability``, ``launch`` and ``product``.
+Everything runs in one stream, and every sum in a fixed order: a run repeats bit for bit.
 
 The softmax goes over tiles of `TILE` items and blocks of events whose logits take `LOGITS_BYTES` at
 most. For a block of N events, E [N, I] in memory once and overwritten:
@@ -13,11 +13,11 @@ most. For a block of N events, E [N, I] in memory once and overwritten:
     S, loss, dH, G = scale H exp(shift - m) / S  softmax_finish: m = the largest shift
     dW_out += E^T G of each tile                a batch of products
 
-so any logits are safe, and E is read three times. With ``products="tf32"`` these three products
-are in TF32; nothing else is. A window of `train_run` is 13 launches, 15 where
-the last tile is shorter than the others (each batch is then two), 9 more for a mixture
-(`gpu_mixture`), and nothing waits for the device until the end of a run: the host knows the numbers
-of steps, events and targets from the slices.
+so any logits are safe, and E is read three times. With ``products="tf32"`` these products are in
+TF32, and nothing else. A window of `train_run` is 13 launches, 15 where the last tile is shorter
+than the others (each batch is then two), 9 more for a mixture (`gpu_mixture`), and nothing waits
+for the device until the end of a run: the host knows the numbers of steps, events and targets from
+the slices.
 """
 
 import math
@@ -852,23 +852,13 @@ def train_run(
     for name, array in (work._asdict() | work.output._asdict() | own).items():
         needed |= {name: array.nbytes} if hasattr(array, "nbytes") else {}
     at_once = _windows_at_once(run, spec.dtype)
-    loss, events = 0.0, 0
+    parts = [run.part(k, k + at_once) for k in range(0, K, at_once)]
     with _room(needed):
-        for k in range(0, K, at_once):
-            part = _train(
-                spec,
-                rule,
-                scale,
-                params,
-                accumulators,
-                s,
-                log,
-                run.part(k, k + at_once),
-                work,
-                past,
-            )
-            loss, events = loss + part[0], events + part[1]
-    return loss, events
+        found = [
+            _train(spec, rule, scale, params, accumulators, s, log, part, work, past)
+            for part in parts
+        ]
+    return sum((loss for loss, _ in found), 0.0), sum(events for _, events in found)
 
 
 def _windows_at_once(run: Slice, dtype: np.dtype) -> int:
