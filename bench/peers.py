@@ -14,9 +14,16 @@ are taken round by round. `torch_peers.py` has the peers.
 "crnn_np, bfloat16" has products="bfloat16", on processors that can; "crnn_np, output mixture" is
 the same network with the output layer of preset `mixture`.
 
-With --device gpu all of them run on the first CUDA device, crnn_np with backend "cupy", products in
-strict float32. The floor is then PyTorch's product of large matrices, and peak memory that of the
-process on the host.
+The last column is an epoch's time at the rate of full windows; those of an epoch are not all full.
+
+With --device gpu all of them run on the first CUDA device, crnn_np with backend "cupy", and there
+is one case more, the pooled GRU with D = 768 beside PyTorch's nn.GRU, which is cuDNN's. Products
+are in strict float32, those of cuDNN too, but where a name has TF32: PyTorch then has it
+everywhere, crnn_np in the softmax. Peak memory is that on the device, of PyTorch's arrays or of
+CuPy's pool. There are two floors: the products' operations at the rate of PyTorch's product of
+large matrices, and the bytes that have to move at the rate of a large copy, five times the logits
+and, in every window, eight times W_out (read by two products, gradient written and read, weights
+and accumulator read and written).
 
 For DIR there is a second table: our rate at the windows of an epoch as they come, short ones
 included and with dropout, beside the rate at full windows; events without a target do not count.
@@ -31,6 +38,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -40,7 +48,22 @@ import crnn_np
 from crnn_np import backends
 from crnn_np.windows import Slice, epoch_slices
 
-SHAPES = {"Brightkite": (1679, 23243, 32), "Last.fm": (954, 48188, 128)}
+
+class Shape(NamedTuple):
+    """Users, items, D and the events of an epoch."""
+
+    users: int
+    items: int
+    D: int
+    events: int
+    sharing: str = "collaborative"
+
+
+SHAPES = {
+    "Brightkite": Shape(1679, 23243, 32, 599_618),
+    "Last.fm": Shape(954, 48188, 128, 4_320_000),
+    "Last.fm, pooled": Shape(954, 48188, 768, 4_320_000, "pooled"),  # on a GPU
+}
 BATCHES = {"1 x 128": "paper", "20 x 64": "authors"}
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 BACKENDS = {"cpu": "numba", "gpu": "cupy"}
@@ -49,15 +72,30 @@ OURS = "crnn_np"
 VARIANTS = {  # name: settings
     OURS: {},
     "crnn_np, bfloat16": {"products": "bfloat16"},
+    "crnn_np, TF32": {"products": "tf32"},
     "crnn_np, output mixture": {"output": "mixture"},
 }
-EAGER, FLOOR = "PyTorch eager", "best product"
-PEERS = {  # name: (class of torch_peers, environment)
-    EAGER: ("Eager", {}),
-    "PyTorch by hand, tuned malloc": ("ByHand", TUNED),
-    "torch.compile, tuned malloc": ("Compiled", TUNED),
-    "pooled nn.GRU, tuned malloc": ("Pooled", TUNED),
+
+
+class Peer(NamedTuple):
+    """A class of `torch_peers`, the environment of its process, and where it runs."""
+
+    kind: str
+    environment: dict[str, str] = {}
+    devices: tuple[str, ...] = tuple(BACKENDS)
+
+
+PEERS = {
+    "PyTorch eager": Peer("Eager"),
+    "PyTorch by hand, tuned malloc": Peer("ByHand", TUNED),
+    "torch.compile, tuned malloc": Peer("Compiled", TUNED),
+    "torch.compile, TF32": Peer("Compiled", devices=("gpu",)),
+    "pooled nn.GRU, tuned malloc": Peer("Pooled", TUNED),
+    "pooled nn.GRU by hand": Peer("PooledByHand", devices=("gpu",)),
+    "pooled nn.GRU by hand, TF32": Peer("PooledByHand", devices=("gpu",)),
 }
+FLOOR, COPY = "best product", "device copy"
+FLOORS = {"cpu": [FLOOR], "gpu": [FLOOR, f"{FLOOR}, TF32", COPY]}
 QUOTED = (
     "The authors' TensorFlow code was not run here. Quoted, measured once on 2 cores of a Zen 5 "
     "EPYC: an early prototype of this package was 19.2 (Brightkite 1 x 128), 6.9 (20 x 64), 5.0 "
@@ -104,12 +142,46 @@ def case_of(spec: dict):
         candidate="tanh",
         dropout_in=0.0,
         dropout_out=0.0,
+        sharing=spec["sharing"],
         **VARIANTS.get(spec["name"], {}),
     )
     if spec["directory"]:
         return crnn_np.load(spec["directory"]).train, settings
-    users, items, _ = SHAPES[spec["shape"]]
-    return zipf_log(users, items, 1024), settings
+    shape = SHAPES[spec["shape"]]
+    return zipf_log(shape.users, shape.items, 1024), settings
+
+
+def names_of(device: str, sharing: str) -> list[str]:
+    """The contenders of a case, the floors last."""
+    there = backends.get(BACKENDS[device]).PRODUCTS
+    names = [name for name, own in VARIANTS.items() if own.get("products", "full") in there]
+    peers = [name for name, peer in PEERS.items() if device in peer.devices]
+    if sharing == "pooled":
+        names = [name for name in names if "output" not in VARIANTS[name]]
+        peers = [name for name in peers if PEERS[name].kind.startswith("Pooled")]
+    return [*names, *peers, *FLOORS[device]]
+
+
+def set_torch(spec: dict):
+    """PyTorch with TF32 where the contender's name has it, and nowhere else."""
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "TF32" in spec["name"]
+    return torch
+
+
+def peak_bytes(spec: dict) -> int:
+    """The most that a contender has taken: on the device, or all of its process."""
+    if spec["device"] == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if spec["name"] in (*PEERS, *FLOORS["gpu"]):
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import cupy
+
+    return cupy.get_default_memory_pool().total_bytes()
 
 
 # ---------------------------------------------------------------- contenders, each in a process
@@ -152,17 +224,15 @@ def trainer(log, settings, name: str = "numba") -> Callable[[Slice], tuple[float
 
 def peer(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     """Events and seconds of some windows in PyTorch."""
-    import torch
     import torch_peers
 
-    device = TORCH_DEVICES[spec["device"]]
+    torch, device = set_torch(spec), TORCH_DEVICES[spec["device"]]
     torch.set_default_device(device)
-    torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     log, settings = case_of(spec)
     plan = settings.plan
     windows = list(torch_windows(log, full_windows(log, plan, 64), device))
-    contender = getattr(torch_peers, PEERS[spec["name"]][0])(
+    contender = getattr(torch_peers, PEERS[spec["name"]].kind)(
         log.n_users, log.n_items, spec["D"], settings.rule, plan.batch
     )
 
@@ -182,11 +252,9 @@ def peer(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
 
 def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     """Operations (GFLOP) and seconds of the fastest float32 product: ours, NumPy's, PyTorch's."""
-    import torch
     from products import product_rate
 
-    torch.set_num_threads(spec["threads"])
-    gpu = spec["device"] == "gpu"
+    torch, gpu = set_torch(spec), spec["device"] == "gpu"
     size = 8192 if gpu else 1024
     a = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
     b = torch.from_numpy(a).to(TORCH_DEVICES[spec["device"]])
@@ -205,6 +273,22 @@ def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
         return max(others, product_rate(spec["threads"])), 1.0
 
     return best
+
+
+def copy(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
+    """Bytes (GB) and seconds of the fastest copy from the device's memory to itself."""
+    torch = set_torch(spec)
+    a = torch.ones(1 << 28, device=TORCH_DEVICES[spec["device"]])
+    b = torch.empty_like(a)
+
+    def rate() -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        b.copy_(a)
+        torch.cuda.synchronize()
+        return 2e-9 * a.nbytes / (time.perf_counter() - began)
+
+    return lambda: (max(rate() for _ in range(10)), 1.0)
 
 
 def ragged(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
@@ -243,17 +327,14 @@ def work(spec: dict) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    makers = dict.fromkeys(VARIANTS, ours) | {FLOOR: floor, "ragged": ragged}
+    makers = dict.fromkeys(VARIANTS, ours) | dict.fromkeys(FLOORS["gpu"], floor)
+    makers |= {COPY: copy, "ragged": ragged}
     try:
         run = makers.get(spec["name"], peer)(spec, spec["seconds"])
         say(ready=True)
         for _ in sys.stdin:
             amount, seconds = run()
-            say(
-                amount=amount,
-                seconds=seconds,
-                peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            )
+            say(amount=amount, seconds=seconds, peak=peak_bytes(spec))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         say(failed=f"{type(error).__name__}: {lines[0][:120]}")
@@ -264,13 +345,13 @@ class Contender:
 
     def __init__(self, spec: dict) -> None:
         self.name = spec["name"]
-        tuned = PEERS.get(self.name, ("", {}))[1]
+        environment = PEERS[self.name].environment if self.name in PEERS else {}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | tuned,
+            env=os.environ | environment,
         )
         self.rates: list[float] = []
         self.answers: list[dict] = []
@@ -330,7 +411,8 @@ def compare(spec: dict, names: list[str], rounds: int) -> dict:
         click.echo(f"{spec['title']}: round {r + 1} of {rounds}", err=True)
         for contender in contenders:
             contender.run()
-    row = {"case": spec["title"], "operations_per_event": spec["operations"], "contenders": {}}
+    kept = "operations_per_event", "bytes_per_event", "events_per_epoch"
+    row = {"case": spec["title"], **{key: spec[key] for key in kept}, "contenders": {}}
     for contender in contenders:
         contender.end()
         if contender.failed:
@@ -339,7 +421,7 @@ def compare(spec: dict, names: list[str], rounds: int) -> dict:
         row["contenders"][contender.name] = {
             "rates": contender.rates,
             "median": statistics.median(contender.rates),
-            "peak_gb": max(a["peak"] for a in contender.answers) / 1e6,
+            "peak_gb": max(a["peak"] for a in contender.answers) / 1e9,
         }
     return row
 
@@ -347,10 +429,11 @@ def compare(spec: dict, names: list[str], rounds: int) -> dict:
 def show(row: dict) -> None:
     """Print one case."""
     found = row["contenders"]
-    mine = found[OURS]
-    click.echo(f"\n{row['case']:40}{'events/s':>10}{'times':>8}  {'(range)':14}{'peak GB':>8}")
+    mine, events = found[OURS], row["events_per_epoch"]
+    columns = f"{'events/s':>10}{'times':>8}  {'(range)':16}{'peak GB':>8}{'s an epoch':>12}"
+    click.echo(f"\n{row['case']}\n{'':40}{columns}")
     for name, result in found.items():
-        if name == FLOOR:
+        if name in FLOORS["gpu"]:
             continue
         if "failed" in result or "failed" in mine:
             click.echo(f"  {name:38}{'failed: ' + result.get('failed', 'see crnn_np')}")
@@ -358,13 +441,20 @@ def show(row: dict) -> None:
         ratios = [a / b for a, b in zip(mine["rates"], result["rates"], strict=True)]
         spread = f"({min(ratios):.1f} to {max(ratios):.1f})"
         click.echo(
-            f"  {name:38}{result['median']:10,.0f}{statistics.median(ratios):8.1f}  {spread:14}"
-            f"{result['peak_gb']:8.2f}"
+            f"  {name:38}{result['median']:10,.0f}{statistics.median(ratios):8.1f}  {spread:16}"
+            f"{result['peak_gb']:8.2f}{events / result['median']:12,.1f}"
         )
-    if "median" in found[FLOOR] and "median" in mine:
-        best = found[FLOOR]["median"]
-        share = mine["median"] * row["operations_per_event"] / 1e9 / best
-        click.echo(f"  share of the floor: {share:.0%} of {best:.0f} GFLOP/s, the best product")
+    click.echo(f"  an epoch: {events:,} events, as if all windows were full")
+    for name, of, each, unit in (
+        (OURS, FLOOR, "operations_per_event", "GFLOP/s"),
+        ("crnn_np, TF32", f"{FLOOR}, TF32", "operations_per_event", "GFLOP/s"),
+        (OURS, COPY, "bytes_per_event", "GB/s"),
+        ("crnn_np, TF32", COPY, "bytes_per_event", "GB/s"),
+    ):
+        rates = [found.get(key, {}).get("median") for key in (name, of)]
+        if all(rates):
+            share = rates[0] * row[each] / 1e9 / rates[1]
+            click.echo(f"  {name}, share of the floor: {share:.0%} of {rates[1]:,.0f} {unit}, {of}")
 
 
 @click.command()
@@ -383,12 +473,15 @@ def main(
     if worker:
         work(json.loads(worker))
         return
+    gpu = {}
     if device == "gpu":
         try:
-            backends.get("cupy").device()
+            runtime = backends.get("cupy").device().xp.cuda.runtime
         except crnn_np.DeviceError as error:
             raise click.ClickException(str(error)) from error
+        gpu = {"gpu": runtime.getDeviceProperties(0)["name"].decode()}
     about = describe_machine() | {
+        **gpu,
         "threads": threads,
         "date": time.strftime("%Y-%m-%d"),
         "data": Path(directory).name if directory else "items drawn Zipf-like",
@@ -405,14 +498,20 @@ def main(
     shapes = SHAPES
     if directory:
         log = crnn_np.load(directory).train
-        shapes = {Path(directory).name: (log.n_users, log.n_items, D)}
+        events = int(np.maximum(log.lengths - 1, 0).sum())
+        shapes = {Path(directory).name: Shape(log.n_users, log.n_items, D, events)}
     rows = []
-    for shape, (users, items, size) in shapes.items():
+    for shape, (users, items, size, events, sharing) in shapes.items():
         for batch, preset in BATCHES.items():
+            if sharing == "pooled" and (device == "cpu" or preset == "paper"):
+                continue
+            plan = crnn_np.resolve(preset).plan
             title = f"{shape} {batch} ({users:,} users, {items:,} items, D = {size})"
             spec = common | {"title": title, "shape": shape, "preset": preset, "D": size}
-            spec["operations"] = 6 * size * items
-            rows.append(compare(spec, [*VARIANTS, *PEERS, FLOOR], rounds))
+            spec |= {"sharing": sharing, "operations_per_event": 6 * size * items}
+            once = 8 * items * size / (plan.batch * plan.window)
+            spec |= {"bytes_per_event": 4 * (5 * items + once), "events_per_epoch": events}
+            rows.append(compare(spec, names_of(device, sharing), rounds))
             show(rows[-1])
             if directory:
                 row = compare(spec | {"title": f"{shape} {batch}"}, ["ragged"], rounds)

@@ -63,7 +63,28 @@ class Eager:
             self.optimiser.step()
 
 
-class ByHand:
+class Rows:
+    """RMSprop in place, with the numbers of `rule`."""
+
+    def rmsprop(self, w, ms, g):
+        rule = self.rule
+        ms.mul_(rule.rho).addcmul_(g, g, value=1 - rule.rho)
+        w.addcdiv_(g, (ms + rule.eps).sqrt_(), value=-rule.learning_rate)
+
+    def move_rows(self, w, ms, rows, g):
+        some, squares = w[rows], ms[rows]
+        self.rmsprop(some, squares, g)
+        w[rows], ms[rows] = some, squares
+
+    def move_items(self, w, ms, x, dA):
+        """Move the rows x by the gradients of A = w[x]."""
+        rows, place = torch.unique(x.reshape(-1), return_inverse=True)
+        g = dA.new_zeros(rows.numel(), dA.shape[2])
+        g.index_add_(0, place, dA.reshape(-1, dA.shape[2]))
+        self.move_rows(w, ms, rows, g)
+
+
+class ByHand(Rows):
     """Automatic differentiation of a window, everything around it by hand.
 
     Only the window's rows of W_in and W_h have gradients and move; RMSprop is in place.
@@ -81,16 +102,6 @@ class ByHand:
         self.loss = compiled(output_loss, dynamic=False)
         self.move = compiled(self.rmsprop, dynamic=False)
 
-    def rmsprop(self, w, ms, g):
-        rule = self.rule
-        ms.mul_(rule.rho).addcmul_(g, g, value=1 - rule.rho)
-        w.addcdiv_(g, (ms + rule.eps).sqrt_(), value=-rule.learning_rate)
-
-    def move_rows(self, w, ms, rows, g):
-        some, squares = w[rows], ms[rows]
-        self.rmsprop(some, squares, g)
-        w[rows], ms[rows] = some, squares
-
     def run(self, windows: Windows) -> None:
         for user, x in windows:
             W, A = self.W_h[user], self.W_in[x[:, :-1]]
@@ -106,10 +117,7 @@ class ByHand:
                 self.W_out.requires_grad_(False)
                 self.move(self.W_out, self.squares[2], dW_out)
                 self.move_rows(self.W_h, self.squares[0], user, dW)
-                rows, place = torch.unique(x[:, :-1].reshape(-1), return_inverse=True)
-                g = dA.new_zeros(rows.numel(), dA.shape[2])
-                g.index_add_(0, place, dA.reshape(-1, dA.shape[2]))
-                self.move_rows(self.W_in, self.squares[1], rows, g)
+                self.move_items(self.W_in, self.squares[1], x[:, :-1], dA)
 
 
 class Compiled(ByHand):
@@ -138,3 +146,22 @@ class Pooled:
             loss.backward()
             self.optimiser.step()
             self.h = h.detach()
+
+
+class PooledByHand(Rows, Pooled):
+    """The same, but only the rows of W_in that a window touches have gradients and move."""
+
+    def __init__(self, users: int, items: int, D: int, rule, B: int) -> None:
+        super().__init__(users, items, D, rule, B)
+        self.rule, self.squares = rule, torch.zeros(items, D)
+        self.W_in.requires_grad_(False)
+
+    def run(self, windows: Windows) -> None:
+        for _, x in windows:
+            self.optimiser.zero_grad(set_to_none=True)
+            A = self.W_in(x[:, :-1]).requires_grad_()
+            H, h = self.gru(A, self.h)
+            cross_entropy(self.W_out(H.reshape(-1, H.shape[2])), x[:, 1:].reshape(-1)).backward()
+            self.optimiser.step()
+            self.h = h.detach()
+            self.move_items(self.W_in.weight, self.squares, x[:, :-1], A.grad)

@@ -390,8 +390,9 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
             f"{parts.train.n_users} users, {parts.train.n_items} items, "
             f"{parts.train.n_events} training events; {model}"
         )
-        needed = planning.memory(*model.settings, parts.train, backend=backend)
-        click.echo(_memory_line(needed))
+        settings = *model.settings, parts.train
+        needed = planning.memory(*settings, backend=backend)
+        click.echo(_memory_line(needed, planning.device_memory(*settings, backend=backend)))
         for report in model.epochs(parts.train, progress=progress, checkpoint=checkpoint):
             record = report._asdict()
             del record["params"], record["accumulators"]
@@ -422,7 +423,10 @@ def _dry_run(model, log):
     plan = model.settings.plan
     found = model.estimate(log)
     click.echo(f"{found.windows:,} windows an epoch, {found.parameters:,} parameters")
-    click.echo(_memory_line(found.bytes))
+    click.echo(_memory_line(found.bytes, found.device_bytes))
+    if found.bytes is None:
+        click.echo("time: not estimated: no device")
+        return
     time_line = f"time: {planning.duration(found.seconds_per_epoch)} an epoch, "
     if plan.patience:
         time_line += f"{planning.duration(found.validation_seconds)} its validation, at most "
@@ -434,8 +438,10 @@ def _dry_run(model, log):
     click.echo(time_line)
 
 
-def _memory_line(n_bytes) -> str:
-    return f"memory: {n_bytes / 1e9:.2f} GB at most"
+def _memory_line(n_bytes, on_device) -> str:
+    host = "not estimated: no device" if n_bytes is None else f"{n_bytes / 1e9:.2f} GB at most"
+    there = f"; on the device {on_device / 1e9:.2f} GB at most" if on_device else ""
+    return f"memory: {host}{there}"
 
 
 def _epoch_line(report) -> str:

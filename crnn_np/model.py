@@ -57,9 +57,10 @@ class Spec:
         et al., 2014); never on the recurrent path.
     dtype : {"float32", "float64"}
         Of all parameters and work arrays.
-    products : {"full", "bfloat16"}
-        Factors of the output layer's matrix products in training: as they are, or rounded to 8
-        bits, with sums in float32, twice as fast where the processor multiplies bfloat16.
+    products : {"full", "bfloat16", "tf32"}
+        Factors of the output layer's matrix products in training, with sums in float32: as they
+        are; rounded to 8 bits, twice as fast where the processor multiplies bfloat16 (backend
+        numba); or rounded to 11 bits for the tensor cores of a GPU (backend cupy).
     """
 
     hidden_size: int = 32
@@ -74,7 +75,7 @@ class Spec:
     dropout_in: float = 0.0
     dropout_out: float = 0.0
     dtype: Literal["float32", "float64"] = "float32"
-    products: Literal["full", "bfloat16"] = "full"
+    products: Literal["full", "bfloat16", "tf32"] = "full"
 
     def __post_init__(self) -> None:
         dropout = (0, 0.99)

@@ -14,8 +14,8 @@ import numpy as np
 
 from . import backends
 from .data import EventLog, concatenate, cut_tail, from_sequences
-from .errors import SettingsError
-from .evaluation import evaluate, read_past
+from .errors import DeviceError, SettingsError
+from .evaluation import SCORED_AT_ONCE, evaluate, read_past
 from .model import (
     Accumulators,
     Params,
@@ -27,8 +27,8 @@ from .model import (
     shapes,
 )
 from .optim import Rule
-from .training import train_run, validation_split, workspace
-from .windows import Plan, epoch_slices
+from .training import check_products, train_run, validation_split, workspace
+from .windows import Plan, epoch_slices, replay_slices
 
 Array = np.ndarray
 
@@ -47,8 +47,10 @@ class Estimate(NamedTuple):
         Events that are predicted in an epoch.
     parameters : int
         Numbers in all blocks of parameters.
-    bytes : int
+    bytes : int or None
         Largest resident memory of this process, all of it, if it makes the run.
+    device_bytes : int
+        Largest memory on the device of the backend (`device_memory`).
     seconds_per_epoch : float
         Training only, without the validation.
     validation_seconds : float
@@ -57,12 +59,15 @@ class Estimate(NamedTuple):
         The most epochs there can be, those of the refit among them.
     seconds : float
         Of all these epochs with their validation.
+
+    Where there is no device to measure with, bytes is None and all seconds are NaN.
     """
 
     windows: int
     events: int
     parameters: int
-    bytes: int
+    bytes: int | None
+    device_bytes: int
     seconds_per_epoch: float
     validation_seconds: float
     epochs: int
@@ -157,11 +162,14 @@ def _n_parameters(spec: Spec, log: EventLog) -> int:
     return sum(math.prod(shape) for shape in shapes(spec, log.n_users, log.n_items).values())
 
 
-def _table_bytes(spec: Spec, plan: Plan, log: EventLog) -> int:
+def _table_bytes(spec: Spec, log: EventLog) -> int:
     """Bytes of parameters and accumulators."""
-    once = 2 * _n_parameters(spec, log) * np.dtype(spec.dtype).itemsize + 8 * log.n_items
+    return 2 * _n_parameters(spec, log) * np.dtype(spec.dtype).itemsize + 8 * (log.n_items + 1)
+
+
+def _host_table_bytes(spec: Spec, plan: Plan, log: EventLog) -> int:
     # With early stopping the last epoch's are still there when the result is made or read.
-    return 2 * once if plan.patience else once
+    return _table_bytes(spec, log) * (2 if plan.patience else 1)
 
 
 def _check_room(needed: int) -> None:
@@ -189,12 +197,52 @@ def memory(
     What the process holds with the kernels loaded is measured, and one window rehearsed for what
     is held beside parameters and accumulators. Where kernels had to be compiled, the memory of the
     compiler counts too; the next process loads them and needs less. The memory of a GPU does not
-    count.
+    count (`device_memory`).
     """
     load_kernels(spec, rule, plan, backend)
     now, most = _resident()
     beside = _rehearse(backends.get(backend), spec, rule, plan, log, validation)
-    return max(most, now + beside + _table_bytes(spec, plan, log))
+    return max(most, now + beside + _host_table_bytes(spec, plan, log))
+
+
+def _bytes_of(past: tuple | None) -> int:
+    """Bytes of the arrays of a named tuple and of those in it."""
+    return sum(_bytes_of(b) if isinstance(b, tuple) else b.nbytes for b in past or ())
+
+
+def device_memory(
+    spec: Spec,
+    rule: Rule,
+    plan: Plan,
+    log: EventLog,
+    *,
+    validation: EventLog | None = None,
+    backend: str = "numba",
+) -> int:
+    """Largest memory in bytes on the device of a backend, if `epochs` runs there; 0 on the host.
+
+    It is counted from the shapes of all arrays, so that it takes no device. What CUDA and cuBLAS
+    hold for themselves, some hundred MB, does not count.
+    """
+    module = backends.get(backend)
+    if not hasattr(module, "training_bytes"):
+        return 0
+
+    def training(part: EventLog) -> tuple[int, int]:
+        run = epoch_slices(plan, part.lengths, 1)
+        held, more = module.training_bytes(spec, rule, part, plan.batch, plan.window, run)
+        return held + _bytes_of(read_past(spec, part)), more
+
+    tables = _table_bytes(spec, log)
+    if not plan.patience:
+        return tables + sum(training(log))
+    part, validation, whole = validation_split(plan, log, validation)
+    held, more = training(part)
+    replay = replay_slices(whole.lengths, part.lengths)
+    scoring = module.scoring_bytes(spec, log.n_items, replay, whole.lengths, SCORED_AT_ONCE)
+    scoring += _bytes_of(read_past(spec, whole, part))
+    refit = sum(training(whole)) if plan.refit else 0
+    return tables + max(held + max(more, scoring), refit)
 
 
 def sample_epoch(
@@ -279,6 +327,15 @@ def _validation_seconds(
     return timed(every)
 
 
+def _is_there(module: ModuleType, spec: Spec) -> bool:
+    """Whether this machine has the device that a backend needs."""
+    try:
+        getattr(module, "device", np.dtype)(spec.dtype)
+    except DeviceError:
+        return False
+    return True
+
+
 def estimate(
     spec: Spec,
     rule: Rule,
@@ -290,8 +347,9 @@ def estimate(
 ) -> Estimate:
     """What a run of `epochs` with these arguments will need; nothing is kept or written.
 
-    Memory is counted (`memory`); time is measured on a sample of the first epoch's windows, with
-    parameters of its own, and scaled by events. Takes some seconds.
+    Memory is counted (`memory`, `device_memory`); time is measured on a sample of the first
+    epoch's windows, with parameters of its own, and scaled by events. Takes some seconds. Where
+    the device that the backend needs is missing, only its memory is known.
 
     Raises
     ------
@@ -299,23 +357,29 @@ def estimate(
         The run needs more memory than the machine has.
     """
     module = backends.get(backend)
-    _check_room(_table_bytes(spec, plan, log))
-    needed = memory(spec, rule, plan, log, validation=validation, backend=backend)
-    _check_room(needed)
+    check_products(module, spec, rule)
+    _check_room(_host_table_bytes(spec, plan, log))
     part = whole = log
     if plan.patience:
         part, validation, whole = validation_split(plan, log, validation)
-    params = initialise(spec, log.n_users, log.n_items, plan.seed)
-    acc = new_accumulators(params)
-    seconds, _ = sample_epoch(module, spec, rule, plan, params, acc, part)
+    there = device_memory(spec, rule, plan, part, validation=validation, backend=backend)
+    needed, seconds, validating = None, math.nan, math.nan if plan.patience else 0.0
+    if _is_there(module, spec):
+        needed = memory(spec, rule, plan, part, validation=validation, backend=backend)
+        _check_room(needed)
+        params = initialise(spec, log.n_users, log.n_items, plan.seed)
+        acc = new_accumulators(params)
+        seconds, _ = sample_epoch(module, spec, rule, plan, params, acc, part)
+        if plan.patience:
+            validating = _validation_seconds(module, spec, params, whole, validation)
     events, whole_events = (int(np.maximum(x.lengths - 1, 0).sum()) for x in (part, whole))
-    epochs, validating, total = plan.epochs, 0.0, plan.epochs * seconds
+    epochs, total = plan.epochs, plan.epochs * seconds
     if plan.patience:
-        validating = _validation_seconds(module, spec, params, whole, validation)
         total += plan.epochs * validating
         if plan.refit:
             epochs *= 2
             total += plan.epochs * seconds * whole_events / max(events, 1)
     windows = int(epoch_slices(plan, part.lengths, 1).key.size)
     n_parameters = _n_parameters(spec, log)
-    return Estimate(windows, events, n_parameters, needed, seconds, validating, epochs, total)
+    sizes = windows, events, n_parameters, needed, there
+    return Estimate(*sizes, seconds, validating, epochs, total)

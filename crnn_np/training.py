@@ -192,6 +192,23 @@ def step(
     return float(loss), int(np.count_nonzero(window.target)), s_T
 
 
+def check_products(backend: ModuleType, spec: Spec, rule: Rule) -> None:
+    """Raise SettingsError where training in a backend does not have the products of a Spec."""
+    fused = hasattr(backend, "train_run") and not rule.clip
+    there = backend.PRODUCTS if fused else ("full",)
+    if spec.products not in there:
+        (owner,) = (
+            name
+            for name in backends.MODULES
+            if spec.products in getattr(backends.get(name), "PRODUCTS", ())
+        )
+        raise SettingsError(
+            f"products is {spec.products!r}, which the fused run of backend {owner!r} has, without "
+            f"clip: set products to {' or '.join(map(repr, there))}, or the backend to {owner!r} "
+            "and clip to 0"
+        )
+
+
 def train_run(
     backend: ModuleType,
     spec: Spec,
@@ -222,13 +239,8 @@ def train_run(
     -------
     loss, events : summed over the run
     """
-    fused = hasattr(backend, "train_run") and not rule.clip
-    if spec.products not in (backend.PRODUCTS if fused else ("full",)):
-        raise SettingsError(
-            f"products is {spec.products!r}, which the fused run of backend 'numba' has, without "
-            "clip: set products to 'full', or the backend to 'numba' and clip to 0"
-        )
-    if fused:
+    check_products(backend, spec, rule)
+    if hasattr(backend, "train_run") and not rule.clip:
         return backend.train_run(spec, rule, scale, params, accumulators, s, log, run, work, past)
     loss, events = 0.0, 0
     for k in range(run.key.size):

@@ -1,8 +1,9 @@
 """A device for `crnn_np.backends.gpu` that needs no GPU: the same kernels, compiled as C++.
 
-`EmulatedDevice` has what the backend knows of a device: ``xp``, ``launch`` and ``product``. Its
-arrays refuse to be mixed with arrays of the host, as CuPy's do, and begin as NaN. The threads of a
-block run in lock-step (fast), or as real threads in a process of their own under the sanitizers.
+`EmulatedDevice` has what the backend knows of a device: ``xp``, ``capability``, ``launch`` and
+``product``. Its arrays refuse to be mixed with arrays of the host, as CuPy's do, and begin as NaN.
+The threads of a block run in lock-step (fast), or as real threads in a process of their own under
+the sanitizers.
 """
 
 import collections
@@ -17,6 +18,7 @@ import struct
 import subprocess
 import tempfile
 import unittest
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,34 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
         return bool(self._host)
 
 
+class Tally:
+    """Bytes of the arrays of the emulated device that are made from now on, and the most of them.
+
+    Give its `made` to `Array` as a new ``__init__``.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.alive = set()
+        self.make = Array.__init__
+
+    def made(self, array: Array, host: np.ndarray) -> None:
+        """Count the memory of a new array, once for all that share it."""
+        self.make(array, host)
+        while isinstance(host.base, np.ndarray):
+            host = host.base
+        if id(host) not in self.alive:
+            self.alive.add(id(host))
+            weakref.finalize(host, self.gone, id(host), host.nbytes)
+            self.now += host.nbytes
+            self.most = max(self.most, self.now)
+
+    def gone(self, number: int, size: int) -> None:
+        """An array's memory is free again."""
+        self.alive.remove(number)
+        self.now -= size
+
+
 def wrap(result):
     """NumPy's result as the device's: arrays, and scalars too, as CuPy has it."""
     if isinstance(result, tuple):
@@ -155,7 +185,7 @@ class Namespace:
 
     TYPES = {"bool_", "int8", "int32", "int64", "uint8", "uint32", "uint64", "float32", "float64"}
     FUNCTIONS = {
-        *("arange", "argsort", "array_equal", "ascontiguousarray", "bincount", "broadcast_to"),
+        *("arange", "array_equal", "ascontiguousarray", "bincount", "broadcast_to"),
         *("concatenate", "cumsum", "diff", "exp", "flatnonzero", "full", "full_like", "isfinite"),
         *("lexsort", "log", "matmul", "maximum", "minimum", "nonzero", "ones", "ones_like"),
         *("repeat", "searchsorted", "sqrt", "square", "stack", "sum", "take", "tanh", "unique"),
@@ -181,6 +211,13 @@ class Namespace:
     def empty_like(self, a: Array) -> Array:
         """New memory of the shape and dtype of `a`."""
         return self.empty(a.shape, a.dtype)
+
+    def argsort(self, a: Array, kind: str) -> Array:
+        """Where each element goes; CuPy sorts a copy, beside as much again for keys and places."""
+        beside = self.empty((3, a.size), np.int64)
+        order = a.argsort(kind=kind)
+        del beside
+        return order
 
     def asarray(self, a, dtype=None) -> Array:
         """A device array as it is, anything else copied to the device."""
@@ -262,6 +299,15 @@ def build(source: Path, real: str, sanitizer: str | None) -> Path:
     return made
 
 
+def round_tf32(x: np.ndarray) -> np.ndarray:
+    """The nearest numbers with 10 bits of mantissa, ties to even."""
+    assert x.dtype == np.float32
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    with np.errstate(over="ignore"):
+        near = (bits + np.uint32(0xFFF) + (bits >> 13 & 1)) & ~np.uint32(0x1FFF)
+    return np.where(np.isnan(x), x, near.view(np.float32))
+
+
 class EmulatedDevice:
     """What the backend knows of a device, on the CPU.
 
@@ -276,6 +322,8 @@ class EmulatedDevice:
         In lock-step, the last block goes first, and in it the last thread.
     shared_limit : int
         Bytes of shared memory that a block may have.
+    capability : int
+        Compute capability, 75 for 7.5.
     sources : list of Path
         Kernel files.
 
@@ -286,9 +334,16 @@ class EmulatedDevice:
     """
 
     def __init__(
-        self, dtype, sanitizer=None, reverse=False, shared_limit=LARGEST_SHARED, sources=None
+        self,
+        dtype,
+        sanitizer=None,
+        reverse=False,
+        shared_limit=LARGEST_SHARED,
+        capability=90,
+        sources=None,
     ) -> None:
         self.dtype = np.dtype(dtype)
+        self.capability = capability
         self.xp = Namespace()
         self.shared_limit = shared_limit
         self.launches = collections.Counter()
@@ -349,13 +404,16 @@ class EmulatedDevice:
             given.append(argument._host if pointer else np.asarray(argument))
         return given
 
-    def product(self, a: Array, b: Array, out: Array, beta: float = 0.0) -> None:
+    def product(
+        self, a: Array, b: Array, out: Array, beta: float = 0.0, tf32: bool = False
+    ) -> None:
         """out = a b + beta out, of matrices or batches of them, transposed or padded views too."""
         assert a.dtype == b.dtype == out.dtype == self.dtype, "product: mixed dtypes"
         assert (a.ndim, b.ndim, out.ndim) in ((2, 2, 2), (3, 3, 3)), "product: not matrices"
         for x in (a, b, out):
             gpu.leading(x)  # what cuBLAS can't take fails here too
-        result = np.matmul(a._host, b._host)
+        factors = [round_tf32(x._host) if tf32 else x._host for x in (a, b)]
+        result = np.matmul(*factors)
         out._host[...] = result if beta == 0 else result + self.dtype.type(beta) * out._host
 
 

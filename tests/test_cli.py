@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from crnn_np import cli, data, datasets, presets, reading
+from crnn_np.backends import gpu
 from crnn_np.cli import main
-from crnn_np.errors import DataError
+from crnn_np.errors import DataError, DeviceError
 from crnn_np.estimator import CollaborativeRNN
 
 
@@ -426,6 +427,24 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_file(prepared, empty, backend):
     assert sizes == f"5 windows an epoch, {3 * 3 * 9 + 9 * 9 + 9 * 3} parameters"
     assert re.fullmatch(r"memory: \d+\.\d\d GB at most", memory)
     assert re.fullmatch(r"time: [\d.e-]+ s an epoch, [\d.e-]+ s for 7 epochs", time)
+    assert not list(empty.iterdir())
+
+
+def test_a_dry_run_without_the_device(prepared, empty, monkeypatch):
+    """It counts what the device has to hold, and cannot measure."""
+
+    def missing(*args):
+        raise DeviceError("no CUDA device")
+
+    monkeypatch.setattr(gpu, "device", missing)
+    options = ("--backend", "cupy", "--hidden-size", 3, "--products", "tf32", "--dry-run")
+    result = run("train", prepared / "table", *options)
+    assert result.exit_code == 0, result.output
+    memory, time = result.output.splitlines()[-2:]
+    assert re.fullmatch(
+        r"memory: not estimated: no device; on the device \d+\.\d\d GB at most", memory
+    )
+    assert time == "time: not estimated: no device"
     assert not list(empty.iterdir())
 
 

@@ -315,7 +315,7 @@ def test_a_run_is_fifteen_launches_a_window(monkeypatch):
     emulate(monkeypatch)
     dev, products = gpu.device("float32"), []
     product = dev.product
-    monkeypatch.setattr(dev, "product", lambda *args: products.append(product(*args)))
+    monkeypatch.setattr(dev, "product", lambda *a, **more: products.append(product(*a, **more)))
     log = from_sequences([np.arange(90) % 20, np.arange(90) % 17], 20)
     spec, plan = Spec(hidden_size=4), Plan(batch=2, window=10)
     run_epochs(gpu, spec, Rule(), plan, log, model.initialise(spec, 2, 20, 0), 1)
@@ -351,6 +351,21 @@ def test_the_trajectory_of_the_authors(cupy, trace, dtype):  # noqa: F811
         test_golden.assert_close(loss, cost, test_golden.COST * len(steps), "cost")
         assert events == sum(step.window.target.sum() for step in steps)
         test_golden.assert_parameters(trace, when, back(*params), back(*acc[:3]))
+
+
+def test_a_long_run_goes_in_parts(cupy, monkeypatch):
+    log = random_log(np.random.default_rng(3), [25, 12, 17], 20)
+    spec, plan = Spec(hidden_size=4, dropout_in=0.2), Plan(batch=2, window=4)
+    start = model.initialise(spec, 3, 20, 1)
+    whole = run_epochs(cupy, spec, Rule(W_in_rows="dense"), plan, log, start, 1)
+    monkeypatch.setattr(cupy, "RUN_BYTES", 1200)
+    parts = run_epochs(cupy, spec, Rule(W_in_rows="dense"), plan, log, start, 1)
+    if isinstance(cupy.device("float32"), emulator.EmulatedDevice):
+        assert cupy.device("float32").launches["read_windows"] > 4
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-14)
+    assert parts.events == whole.events
+    for one, other in zip((*parts.params, *parts.acc), (*whole.params, *whole.acc), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_clipping_goes_through_step(cupy):
@@ -565,6 +580,22 @@ class RuntimeFailure(RuntimeError):
     pass
 
 
+def gemm_ex(h, ta, tb, m, n, k, alpha, a, ka, lda, b, kb, ldb, beta, c, kc, ldc, kind, algorithm):
+    """gemmEx of float32 in TF32."""
+    assert (ka, kb, kc, kind, algorithm) == (FLOAT, FLOAT, FLOAT, TF32, DEFAULT)
+    gemm(h, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
+
+
+def gemms_ex(h, ta, tb, m, n, k, alpha, a, ka, lda, sa, b, kb, ldb, sb, beta, c, kc, ldc, sc, *end):
+    """gemmStridedBatchedEx of float32 in TF32."""
+    count, kind, algorithm = end
+    assert (ka, kb, kc, kind, algorithm) == (FLOAT, FLOAT, FLOAT, TF32, DEFAULT)
+    gemms(h, ta, tb, m, n, k, alpha, a, lda, sa, b, ldb, sb, beta, c, ldc, sc, count)
+
+
+FLOAT, TF32, DEFAULT = 0, 77, -1  # the numbers of CuPy and cuBLAS
+
+
 def made_up_cupy(monkeypatch, capability="90", devices=1):
     """A CuPy in sys.modules that records launches; its cuBLAS is `gemm`."""
     launched = []
@@ -585,9 +616,14 @@ def made_up_cupy(monkeypatch, capability="90", devices=1):
 
     cupy, cuda = ModuleType("cupy"), ModuleType("cupy.cuda")
     cupy.cuda, cuda.Device = cuda, found
-    cuda.runtime = SimpleNamespace(CUDARuntimeError=RuntimeFailure)
+    cuda.runtime = SimpleNamespace(CUDARuntimeError=RuntimeFailure, CUDA_R_32F=FLOAT)
     cuda.cublas = SimpleNamespace(
-        sgemm=gemm, dgemm=None, sgemmStridedBatched=gemms, dgemmStridedBatched=None
+        sgemm=gemm,
+        sgemmStridedBatched=gemms,
+        gemmEx=gemm_ex,
+        gemmStridedBatchedEx=gemms_ex,
+        CUBLAS_COMPUTE_32F_FAST_TF32=TF32,
+        CUBLAS_GEMM_DEFAULT=DEFAULT,
     )
     cuda.get_cublas_handle = lambda: 7
     cupy.RawModule = lambda code, options: SimpleNamespace(
@@ -613,9 +649,12 @@ def test_without_a_device_or_with_one_that_is_too_old(monkeypatch):
         gpu.Device("float32")
 
 
-def test_products_of_views(monkeypatch):
+@pytest.mark.parametrize("tf32", [False, True])
+def test_products_of_views(monkeypatch, tf32):
     made_up_cupy(monkeypatch)
     dev, rng = gpu.Device("float32"), np.random.default_rng(1)
+    dev.xp.cuda.cublas.__dict__.pop("sgemm" if tf32 else "gemmEx")  # the others are not called
+    dev.xp.cuda.cublas.__dict__.pop("sgemmStridedBatched" if tf32 else "gemmStridedBatchedEx")
 
     def layouts(*shape):
         """The same shape as rows, padded rows, columns and padded columns."""
@@ -632,7 +671,7 @@ def test_products_of_views(monkeypatch):
                     for out in layouts(*batch, M, N)[:2]:
                         for beta in (0.0, 1.0):
                             expected = a @ b + beta * out
-                            dev.product(Memory(a), Memory(b), Memory(out), beta)
+                            dev.product(Memory(a), Memory(b), Memory(out), beta, tf32)
                             np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(AssertionError, match="neither rows nor columns"):
         gpu.leading(Memory(np.zeros((4, 6, 8))[:, ::2, ::2]))

@@ -397,7 +397,7 @@ def test_launches_of_a_window(monkeypatch):
     emulate(monkeypatch)
     dev, products = gpu.device("float32"), []
     product = dev.product
-    monkeypatch.setattr(dev, "product", lambda *args: products.append(product(*args)))
+    monkeypatch.setattr(dev, "product", lambda *a, **more: products.append(product(*a, **more)))
     log = from_sequences([np.arange(90) % 20, np.arange(90) % 17], 20)
     plan = Plan(batch=2, window=10)
     windows = epoch_slices(plan, log.lengths, 1).key.size

@@ -9,12 +9,15 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import emulator
 import numpy as np
 import pytest
+from conftest import emulate
 
-from crnn_np import backends, model, planning, training
+from crnn_np import backends, evaluation, model, planning, training
+from crnn_np.backends import gpu
 from crnn_np.data import cut_tail, from_sequences
-from crnn_np.errors import DataError, SettingsError
+from crnn_np.errors import DataError, DeviceError, SettingsError
 from crnn_np.estimator import CollaborativeRNN
 from crnn_np.model import Spec
 from crnn_np.optim import Rule
@@ -137,6 +140,94 @@ def test_memory_does_not_grow_with_what_is_not_resident():
     found = planning.memory(spec, RULE, PLAN, many, backend="numpy")
     tables = 2 * 4 * 3 * 10**6 * 400**2
     assert tables < found < 1.01 * tables
+
+
+def most_on_the_device(monkeypatch, spec, rule, plan, log):
+    """The most that a run really takes on the emulated device."""
+    tally = emulator.Tally()
+    monkeypatch.setattr(emulator.Array, "__init__", lambda *args: tally.made(*args))
+    monkeypatch.setattr(training, "RUN_SECONDS", 1e9)
+    for _ in training.epochs(spec, rule, plan, log, backend="cupy"):
+        pass
+    assert tally.now == 0
+    return tally.most
+
+
+WIDE = random_sequences(np.random.default_rng(2), [40, 33, 36, 25, 39, 38, 37, 20], 500)
+MIXTURE = {"output": "mixture", "memory": 9}
+EARLY = {"epochs": 2, "patience": 1}
+
+
+@pytest.mark.parametrize(
+    ("spec", "rule", "plan", "limit"),
+    [
+        ({}, {}, {"batch": 8}, 0),
+        ({"cell": "tanh", "sharing": "pooled", "products": "tf32"}, {}, {"batch": 8}, 0),
+        ({**MIXTURE, "dtype": "float64"}, {}, {"batch": 8}, 0),
+        ({}, {}, {"batch": 4, **EARLY}, 0.01),
+        (MIXTURE, {}, {"batch": 4, **EARLY, "refit": False}, 0.01),
+        ({}, {"clip": 1.0}, {"batch": 4}, 0.1),
+        ({"sharing": "pooled"}, {"clip": 1.0}, {"batch": 4}, 0.1),
+    ],
+)
+def test_device_memory_is_what_the_arrays_take(monkeypatch, spec, rule, plan, limit):
+    emulate(monkeypatch)
+    plan = replace(PLAN, window=16, **plan)
+    settings = Spec(hidden_size=16, **spec), Rule(**rule), plan, WIDE
+    counted = planning.device_memory(*settings, backend="cupy")
+    assert counted == pytest.approx(most_on_the_device(monkeypatch, *settings), rel=limit)
+
+
+def test_device_memory_does_not_grow_with_an_epoch(monkeypatch):
+    """A run of many windows goes in parts."""
+    emulate(monkeypatch)
+    plan, log = replace(PLAN, window=16), random_sequences(np.random.default_rng(2), [400] * 4, 50)
+    settings, found = (SPEC, RULE, plan, log), {}
+    for size in (1 << 13, 1 << 24):
+        monkeypatch.setattr(gpu, "RUN_BYTES", size)
+        counted = planning.device_memory(*settings, backend="cupy")
+        with monkeypatch.context() as m:
+            found[size] = most_on_the_device(m, *settings)
+            assert found[size] <= counted < found[size] + max(size / 2, 1 << 13)
+    assert found[1 << 24] - found[1 << 13] > 1 << 15
+
+
+def test_device_memory_while_a_validation_is_scored(monkeypatch):
+    """Which takes the most where windows are small and the validation part is long."""
+    emulate(monkeypatch)
+    for module in (planning, evaluation):
+        monkeypatch.setattr(module, "SCORED_AT_ONCE", 256)
+    log = random_sequences(np.random.default_rng(2), [40] * 70, 20)
+    plan = replace(PLAN, batch=8, window=2, patience=1, validation_range=(30, 30), refit=False)
+    for spec in ({}, {"cell": "tanh", "sharing": "pooled"}, MIXTURE):
+        settings = Spec(hidden_size=16, **spec), RULE, plan, log
+        before = planning.device_memory(*settings, backend="cupy")
+        with monkeypatch.context() as m:
+            assert before == pytest.approx(most_on_the_device(m, *settings), rel=0.06)
+
+
+def test_device_memory_on_the_host_is_none():
+    assert planning.device_memory(SPEC, RULE, PLAN, LOG, backend="numba") == 0
+
+
+def without_a_device(*args):
+    raise DeviceError("no CUDA device")
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+def test_an_estimate_without_the_device(monkeypatch, patience):
+    """All but what is measured is as with it."""
+    emulate(monkeypatch)
+    plan = replace(PLAN, patience=patience)
+    there = planning.estimate(SPEC, RULE, plan, LOG, backend="cupy")
+    monkeypatch.setattr(gpu, "device", without_a_device)
+    found = planning.estimate(SPEC, RULE, plan, LOG, backend="cupy")
+    assert found.bytes is None
+    assert math.isnan(found.seconds)
+    assert math.isnan(found.seconds_per_epoch)
+    assert math.isnan(found.validation_seconds) == bool(patience)
+    measured = ("bytes", "seconds", "seconds_per_epoch", "validation_seconds")
+    assert found._replace(**{name: getattr(there, name) for name in measured}) == there
 
 
 def test_resident_memory_without_proc(monkeypatch):

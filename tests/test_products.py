@@ -1,16 +1,17 @@
-"""Products of bfloat16: the fused run against the reference with its factors rounded by hand."""
+"""Rounded products: the fused runs against the reference with its factors rounded by hand."""
 
 from types import SimpleNamespace
 
 import numba
 import numpy as np
 import pytest
+from conftest import emulate
 
 from crnn_np import CollaborativeRNN, backends, model, training
-from crnn_np.backends import jit, reference
-from crnn_np.data import from_sequences
+from crnn_np.backends import gpu, jit, reference
+from crnn_np.data import cut_tail, from_sequences
 from crnn_np.errors import SettingsError
-from crnn_np.evaluation import read_past
+from crnn_np.evaluation import evaluate, read_past
 from crnn_np.model import Spec
 from crnn_np.optim import Rule
 from crnn_np.windows import Plan, epoch_slices
@@ -32,11 +33,13 @@ SIZES = {  # items, D, steps, columns, lengths
 }
 
 
-def rounded(x):
-    """float64 of the bfloat16 nearest to each float32, ties to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
-    return bits.astype(np.uint32).view(np.float32).astype(np.float64)
+def rounded(x, bits=8):
+    """float64 of the numbers of so many bits nearest to each float32, ties to even.
+
+    8 are those of bfloat16, 11 those of TF32.
+    """
+    part, exponent = np.frexp(np.float32(x).astype(np.float64))
+    return np.ldexp(np.rint(np.ldexp(part, bits)), exponent - bits)
 
 
 def rounded_output(kind, H, W_out, y):
@@ -59,6 +62,28 @@ def rounded_output(kind, H, W_out, y):
 ROUNDED = SimpleNamespace(**vars(reference) | {"output": rounded_output})
 
 
+def tf32_output(kind, H, W_out, y):
+    """`reference.output` as a GPU has it, by tiles, with the factors of its products in TF32."""
+    assert kind == "softmax"
+    W, n, tile = rounded(W_out, 11), np.arange(y.size), np.arange(len(W_out)) // gpu.TILE
+    logits = rounded(H, 11) @ W.T
+    shift = np.maximum.reduceat(logits, np.flatnonzero(np.diff(tile, prepend=-1)), axis=1)
+    E = np.exp(logits - shift[:, tile])
+    factor = np.exp(shift - shift.max(axis=1, keepdims=True))
+    S = (E * factor[:, tile]).sum(axis=1, keepdims=True)
+    loss = (np.log(S[:, 0]) + shift.max(axis=1) - logits[n, y]).sum()
+    dH = (rounded(E, 11) * factor[:, tile]) @ W / S - W_out[y]
+    # G of the target's tile is on the common shift, and so is E there, where S comes off.
+    own = tile == tile[y][:, None]
+    closed = np.where(own, E * factor[:, tile], E)
+    closed[n, y] -= S[:, 0]
+    G = H[:, None] / S[:, None] * np.where(own, 1, factor[:, tile])[:, :, None]
+    return loss, dH, np.einsum("ni,nid->id", rounded(closed, 11), rounded(G, 11))
+
+
+TF32 = SimpleNamespace(**vars(reference) | {"output": tf32_output})
+
+
 def random_log(rng, lengths, n_items):
     return from_sequences([rng.integers(0, n_items, n) for n in lengths], n_items)
 
@@ -66,14 +91,18 @@ def random_log(rng, lengths, n_items):
 def run(backend, spec, plan, log, start, windows=None):
     """Loss, parameters and accumulators after an epoch."""
     params = type(start)(*(block.astype(spec.dtype) for block in start))
-    acc = model.new_accumulators(params)
+    params, acc, past = (
+        model.on_device(backend, blocks)
+        for blocks in (params, model.new_accumulators(params), read_past(spec, log))
+    )
     work = training.workspace(backend, spec, plan, log)
-    s = np.zeros((1, plan.batch, spec.hidden_size), spec.dtype)
+    s = backend.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
     part = epoch_slices(plan, log.lengths, 1).part(0, windows)
     loss, _ = training.train_run(
-        backend, spec, RULE, plan.scale, params, acc, s, log, part, work, read_past(spec, log)
+        backend, spec, RULE, plan.scale, params, acc, s, log, part, work, past
     )
-    return loss, params, acc
+    host = SimpleNamespace(to_device=backend.to_host)
+    return loss, model.on_device(host, params), model.on_device(host, acc)
 
 
 def difference(found, expected):
@@ -157,12 +186,23 @@ def small_log():
     return random_log(np.random.default_rng(3), [9, 12], 7)
 
 
-@pytest.mark.parametrize(("name", "clip"), [("numpy", 0.0), ("cupy", 0.0), ("numba", 1.0)])
-def test_only_the_fused_run_has_them(name, clip, monkeypatch):
+@pytest.mark.parametrize(
+    ("products", "name", "clip", "advice"),
+    [
+        ("bfloat16", "numpy", 0.0, "'full', or the backend to 'numba' and clip to 0"),
+        ("bfloat16", "cupy", 0.0, "'full' or 'tf32', or the backend to 'numba' and clip to 0"),
+        ("bfloat16", "numba", 1.0, "'full', or the backend to 'numba' and clip to 0"),
+        ("tf32", "numpy", 0.0, "'full', or the backend to 'cupy' and clip to 0"),
+        ("tf32", "numba", 0.0, "'full' or 'bfloat16', or the backend to 'cupy' and clip to 0"),
+        ("tf32", "cupy", 1.0, "'full', or the backend to 'cupy' and clip to 0"),
+    ],
+)
+def test_only_a_fused_run_has_them(products, name, clip, advice, monkeypatch):
     monkeypatch.setattr(jit, "HALF", True)
-    monkeypatch.setattr(training, "workspace", lambda *_: None)
-    with pytest.raises(SettingsError, match="set products to 'full', or the backend to 'numba'"):
-        CollaborativeRNN(products="bfloat16", epochs=1, backend=name, clip=clip).fit(small_log())
+    asked = CollaborativeRNN(products=products, epochs=1, backend=name, clip=clip)
+    for wrong in (asked.fit, asked.estimate):
+        with pytest.raises(SettingsError, match=f"is '{products}', .* set products to {advice}"):
+            wrong(small_log())
 
 
 def test_a_processor_that_cannot(monkeypatch):
@@ -171,6 +211,101 @@ def test_a_processor_that_cannot(monkeypatch):
         CollaborativeRNN(products="bfloat16", epochs=1).fit(small_log())
 
 
-def test_not_in_float64():
+@pytest.mark.parametrize("products", ["bfloat16", "tf32"])
+def test_not_in_float64(products):
     with pytest.raises(SettingsError, match="set products to 'full', or dtype to 'float32'"):
-        Spec(products="bfloat16", dtype="float64")
+        Spec(products=products, dtype="float64")
+
+
+# TF32 on a GPU
+
+NEAR = 2e-6  # as LIMIT; measured: 8e-7, against 3e-4 to 1e-3 for the rounding itself
+HALF_WAY = 1e-4  # with so many factors that some lie half-way; measured: 5e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_run_on_a_gpu_rounds_the_factors_and_nothing_else(size, monkeypatch):
+    emulate(monkeypatch)
+    n_items, D, T, B, lengths = SIZES[size]
+    spec = Spec(hidden_size=D, dropout_in=0.2, dropout_out=0.2, products="tf32")
+    plan = Plan(batch=B, window=T, seed=4)
+    log = random_log(np.random.default_rng(3), lengths, n_items)
+    start = model.initialise(spec, log.n_users, n_items, 1)
+    found = run(gpu, spec, plan, log, start, windows=1)
+    full = Spec(**vars(spec) | {"products": "full", "dtype": "float64"})
+    error = difference(found, run(TF32, full, plan, log, start, windows=1))
+    rounding = difference(found, run(reference, full, plan, log, start, windows=1))
+    assert error < (HALF_WAY if size == "wide units" else NEAR)
+    assert n_items < 3 or rounding > 5 * error
+
+
+@pytest.mark.parametrize("output", ["softmax", "mixture"])
+def test_tf32_repeats_and_stays_near_the_full_products(cupy, output):
+    """On a device too, whose rounding of the factors is its own."""
+    spec = Spec(hidden_size=16, output=output, memory=9, products="tf32")
+    plan = Plan(batch=4, window=16, loss_scale="mean")
+    log = random_log(np.random.default_rng(3), [90, 70, 80, 20, 33], 120)
+    start = model.initialise(spec, 5, 120, 1)
+    one, two = (run(cupy, spec, plan, log, start) for _ in range(2))
+    full = run(cupy, Spec(**vars(spec) | {"products": "full"}), plan, log, start)
+    assert one[0] == two[0]
+    for a, b in zip(one[1], two[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert one[0] != full[0]
+    assert one[0] == pytest.approx(full[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("products", "expected"), [("full", 0), ("tf32", 5)])
+def test_only_the_products_of_the_softmax_are_in_tf32(products, expected, monkeypatch):
+    """Three of them, two of which go on with a last tile; the mixture's own three are not."""
+    emulate(monkeypatch)
+    dev, asked = gpu.device("float32"), []
+    product = dev.product
+
+    def recorded(a, b, out, beta=0.0, tf32=False):
+        asked.append(tf32)
+        product(a, b, out, beta, tf32)
+
+    monkeypatch.setattr(dev, "product", recorded)
+    spec = Spec(hidden_size=3, output="mixture", memory=9, products=products)
+    log = random_log(np.random.default_rng(3), [20, 20], 20)
+    start = model.initialise(spec, 2, 20, 1)
+    run(gpu, spec, Plan(batch=2, window=9), log, start, windows=1)
+    assert (sum(asked), len(asked)) == (expected, 5 + 3)
+
+
+def test_evaluation_is_not_in_tf32(cupy):
+    log = random_log(np.random.default_rng(3), [30, 20, 40], 50)
+    parts = cut_tail(log, np.full(3, 5))
+    params = model.initialise(Spec(hidden_size=6), 3, 50, 1)
+    full, tf32 = (
+        evaluate(cupy, Spec(hidden_size=6, products=products), params, *parts)
+        for products in ("full", "tf32")
+    )
+    assert full == tf32
+
+
+def test_no_loss_is_negative(cupy):
+    """Also where the target has nearly all of the probability, for its logit is rounded too."""
+    rng = np.random.default_rng(3)
+    W_out = rng.standard_normal((40, 8)).astype(np.float32)
+    y = np.arange(40, dtype=np.int32)
+    H = 6 * W_out
+    exact = (H.astype(float) * W_out).sum(axis=1)
+    logits = rounded(H, 11) @ rounded(W_out, 11).T
+    assert (np.logaddexp.reduce(logits, axis=1) - exact).min() < -1e-3
+    dev = cupy.device("float32")
+    H, W_out, y = map(cupy.to_device, (H, W_out, y))
+    work = cupy.OutputWork(**cupy._allocate(cupy._output_shapes(40, 40, 8, dev.dtype)))
+    loss, dH = dev.xp.zeros(40, np.float64), dev.xp.empty((40, 8), dev.dtype)
+    dW_out = dev.xp.empty((40, 8), dev.dtype)
+    cupy._softmax(dev, H, W_out, y, 1.0, work, loss, dH, dW_out, tf32=True)
+    assert cupy.to_host(loss).min() >= 0
+    assert np.isfinite(cupy.to_host(dH)).all()
+
+
+def test_a_device_that_cannot(monkeypatch):
+    emulate(monkeypatch, capability=75)
+    settings = {"products": "tf32", "epochs": 1, "backend": "cupy"}
+    with pytest.raises(SettingsError, match=r"is 7\.5, expected 8\.0 .* set products to 'full'"):
+        CollaborativeRNN(**settings).fit(small_log())

@@ -1,8 +1,8 @@
 """The CUDA backend: the functions of the reference on one NVIDIA GPU, and a fused run of windows.
 
 Kernels are in ``kernels/*.cu``, compiled on first use; large products are cuBLAS's. All that is
-known of the device is in `Device`: ``xp`` (CuPy), ``launch`` and ``product``. Everything runs in
-one stream, and every sum in a fixed order: a run repeats bit for bit.
+known of the device is in `Device`: ``xp`` (CuPy), ``capability``, ``launch`` and ``product``.
+Everything runs in one stream, and every sum in a fixed order: a run repeats bit for bit.
 
 The softmax goes over tiles of `TILE` items and blocks of events whose logits take `LOGITS_BYTES` at
 most. For a block of N events, E [N, I] in memory once and overwritten:
@@ -13,12 +13,14 @@ most. For a block of N events, E [N, I] in memory once and overwritten:
     S, loss, dH, G = scale H exp(shift - m) / S  softmax_finish: m = the largest shift
     dW_out += E^T G of each tile                a batch of products
 
-so any logits are safe, and E is read three times. A window of `train_run` is 13 launches, 15 where
-the last tile is shorter than the others (each batch is then two), 9 more for a mixture
-(`gpu_mixture`), and nothing waits for the device until the end of a run: the host knows the numbers
-of steps, events and targets from the slices.
+so any logits are safe, and E is read three times. With ``products="tf32"`` these products are in
+TF32, and nothing else. A window of `train_run` is 13 launches, 15 where the last tile is shorter
+than the others (each batch is then two), 9 more for a mixture (`gpu_mixture`), and nothing waits
+for the device until the end of a run: the host knows the numbers of steps, events and targets from
+the slices.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,11 +55,13 @@ __all__ = [
     "mixture_score",
     "output",
     "score",
+    "scoring_bytes",
     "sum_rows",
     "take_rows",
     "to_device",
     "to_host",
     "train_run",
+    "training_bytes",
     "update",
     "window",
     "workspace",
@@ -65,15 +69,17 @@ __all__ = [
 
 Array = Any  # of the device: a cupy.ndarray
 
-PRODUCTS = ("full",)  # `Spec.products`
+PRODUCTS = ("full", "tf32")  # `Spec.products`
 THREADS = 256  # of a block
 CELL_THREADS = 1024  # of a block that has a column of a window, at most
 TILE = 2048  # items
 LOGITS_BYTES = 1 << 29
 EXTRA_BYTES = 1 << 28  # of `RankWork.extra`, for the events of a mixture that are scored at once
+RUN_BYTES = 1 << 24  # of a `Run`; longer runs of windows go in parts
 MOST_BLOCKS = 1 << 13  # of a kernel whose threads stride over an array
 KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\(')
 OLDEST = 75  # compute capability, Turing
+AMPERE = 80  # the first that multiplies TF32
 
 Arguments = tuple[Any, ...]
 
@@ -90,6 +96,8 @@ class Device:
         CuPy.
     shared_limit : int
         Bytes of dynamic shared memory that a block can have.
+    capability : int
+        Compute capability, 75 for 7.5.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -120,10 +128,8 @@ class Device:
         self.xp = cupy
         self.dtype = np.dtype(dtype)
         self.shared_limit = attributes["MaxSharedMemoryPerBlockOptin"]
-        self._handle = get_cublas_handle
-        single = self.dtype == np.float32
-        self._gemm = cublas.sgemm if single else cublas.dgemm
-        self._gemms = cublas.sgemmStridedBatched if single else cublas.dgemmStridedBatched
+        self.capability = capability
+        self._handle, self._cublas = get_cublas_handle, cublas
         self._kernels: dict[str, Any] = {}
         self._shared: dict[str, int] = {}
 
@@ -160,31 +166,36 @@ class Device:
             kernel.max_dynamic_shared_size_bytes = self._shared[name] = shared
         kernel(grid if isinstance(grid, tuple) else (grid,), (block,), arguments, shared_mem=shared)
 
-    def product(self, a: Array, b: Array, out: Array, beta: float = 0.0) -> None:
-        """out = a b + beta out, of matrices or of batches of them, in strict float32 or float64.
+    def product(
+        self, a: Array, b: Array, out: Array, beta: float = 0.0, tf32: bool = False
+    ) -> None:
+        """out = a b + beta out, of matrices or of batches of them.
 
+        In strict float32 or float64; with `tf32` the factors, float32, are rounded to TF32.
         a [..., M, K], b [..., K, N], out [..., M, N]: transposed and padded views are fine, as
         long as one of the last two axes has stride 1, for `out` the last one.
         """
+        cublas, batched = self._cublas, out.ndim == 3
         one, beta_ = np.ones((), self.dtype), np.full((), beta, self.dtype)
         (M, N), K = out.shape[-2:], a.shape[-1]
         # cuBLAS has columns where we have rows: out^T = b^T a^T
         (b_turned, b_ld), (a_turned, a_ld), (_, ld) = map(leading, (b, a, out))
         sizes = (self._handle(), b_turned, a_turned, N, M, K, one.ctypes.data)
-        if out.ndim == 2:
-            self._gemm(
-                *sizes, b.data.ptr, b_ld, a.data.ptr, a_ld, beta_.ctypes.data, out.data.ptr, ld
-            )
-            return
-        steps = [x.strides[0] // x.itemsize for x in (b, a, out)]
-        self._gemms(
-            *sizes,
-            *(b.data.ptr, b_ld, steps[0]),
-            *(a.data.ptr, a_ld, steps[1]),
-            beta_.ctypes.data,
-            *(out.data.ptr, ld, steps[2]),
-            len(out),
-        )
+        name = "sgemm" if self.dtype == np.float32 else "dgemm"
+        kind, mode = (), ()
+        if tf32:  # said in the call: the handle is CuPy's, and stays in its strict mode
+            assert self.dtype == np.float32
+            name, kind = "gemm", (self.xp.cuda.runtime.CUDA_R_32F,)
+            mode = cublas.CUBLAS_COMPUTE_32F_FAST_TF32, cublas.CUBLAS_GEMM_DEFAULT
+
+        def matrix(x: Array, ld: int) -> Arguments:
+            step = (x.strides[0] // x.itemsize,) if batched else ()
+            return (x.data.ptr, *kind, ld, *step)
+
+        name += "StridedBatched" * batched + "Ex" * tf32
+        count = (len(out),) if batched else ()
+        factors = *matrix(b, b_ld), *matrix(a, a_ld)
+        getattr(cublas, name)(*sizes, *factors, beta_.ctypes.data, *matrix(out, ld), *count, *mode)
 
 
 def leading(matrix: Array) -> tuple[int, int]:
@@ -525,10 +536,14 @@ def _output_shapes(N: int, n_items: int, D: int, dtype: np.dtype) -> dict[str, t
     }
 
 
+def _bytes(shapes: dict[str, tuple]) -> dict[str, int]:
+    """Of arrays of these shapes and dtypes."""
+    return {k: math.prod(s) * np.dtype(t).itemsize for k, (s, t) in shapes.items()}
+
+
 def _allocate(shapes: dict[str, tuple]) -> dict[str, Array]:
     """New arrays of these shapes and dtypes."""
-    bytes_ = {k: int(np.prod(s)) * np.dtype(t).itemsize for k, (s, t) in shapes.items()}
-    with _room(bytes_):
+    with _room(_bytes(shapes)):
         xp = device().xp
         return {name: xp.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
@@ -551,10 +566,13 @@ def _softmax(
     dH: Array,
     dW_out: Array,
     blend: tuple[Array, Array, Array] | None = None,
+    tf32: bool = False,
 ) -> None:
     """Loss float64[N] of each of N events and the gradients times `scale`, by tiles of items.
 
-    `blend` is that of `Mixing`, where the softmax is one distribution of a mixture.
+    `blend` is that of `Mixing`, where the softmax is one distribution of a mixture. With `tf32`
+    the products are in TF32. The target's logit comes from the same product as the sum, so that no
+    loss is negative.
     """
     (N, D), n_items = H.shape, len(W_out)
     rows, stride = work.E.shape
@@ -567,21 +585,21 @@ def _softmax(
         part = slice(lo, lo + n)
         logits = work.E[:n, :n_items]
         U = work.U[: tiles * n * D].reshape(tiles, n, D)
-        dev.product(H[part], W_out.T, logits)
+        dev.product(H[part], W_out.T, logits, tf32=tf32)
         sums = (y[part], work.shift, work.sum, work.target)
         arguments = (work.E, *sums, stride, np.int32(n_items), tile)
         dev.launch("softmax_tile", (n, tiles), THREADS, arguments)
         E, W, dW = map(_in_tiles, (logits.T, W_out, dW_out))
         places = [U[: len(W[0])], U[len(W[0]) :]]
         for e, w, u in zip(E, W, places, strict=False):
-            dev.product(e.transpose(0, 2, 1), w, u)
+            dev.product(e.transpose(0, 2, 1), w, u, tf32=tf32)
         mixed = [array[part] for array in blend] if blend else [work.sum] * 3  # not looked at
         arguments = (work.E, *sums, work.U, H[part], W_out, *mixed, loss[part], dH[part], stride)
         arguments += (np.int32(n_items), np.int32(tiles), tile, np.int32(D))
         arguments += (np.int32(blend[0].shape[1] if blend else 0), real(scale))
         dev.launch("softmax_finish", n, _across(D), arguments)
         for e, g, dw in zip(E, places, dW, strict=False):
-            dev.product(e, g, dw, float(lo > 0))
+            dev.product(e, g, dw, float(lo > 0), tf32)
 
 
 def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, Array]:
@@ -596,14 +614,20 @@ def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, A
     return float(to_host(loss).sum()), dH, dW_out
 
 
+def _score_shapes(N: int, n_items: int, dtype: np.dtype) -> dict[str, tuple]:
+    """Shape and dtype of the arrays of `_score`."""
+    tiles = -(-n_items // TILE)
+    names = {"target": ((N,), dtype), "largest": ((tiles, N), dtype)}
+    names |= {"sum": ((tiles, N), np.float64), "above": ((tiles, N), np.int32)}
+    return names | {"nll": ((N,), np.float64), "rank": ((N,), np.int32)}
+
+
 def _score(dev: Device, H: Array, W_out: Array, y: Array) -> tuple[Array, Array, Array]:
     """`score`, and the targets' logits real[N]."""
     (N, D), n_items = H.shape, len(W_out)
     tiles = -(-n_items // TILE)
-    names = {"target": ((N,), dev.dtype), "largest": ((tiles, N), dev.dtype)}
-    names |= {"sum": ((tiles, N), np.float64), "above": ((tiles, N), np.int32)}
-    names |= {"nll": ((N,), np.float64), "rank": ((N,), np.int32)}
-    target, largest, total, above, nll, rank = _allocate(names).values()
+    sizes = _score_shapes(N, n_items, dev.dtype)
+    target, largest, total, above, nll, rank = _allocate(sizes).values()
     if N == 0:
         return nll, rank, target
     sizes = np.int32(N), np.int32(D)
@@ -633,6 +657,11 @@ def _mixing(
     return Mixing(dev, THREADS, memory, _allocate(sizes))
 
 
+def _ranked_at_once(N: int, n_items: int) -> int:
+    """Cells of a mixture that are scored together, of N."""
+    return max(min(N, EXTRA_BYTES // (8 * n_items)), 1)
+
+
 def mixture(
     H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
 ) -> tuple[float, Array, Array, Mixture]:
@@ -659,7 +688,7 @@ def mixture_score(
     N, n_items = len(H), len(W_out)
     H, y = dev.xp.ascontiguousarray(H), cells.y.astype(np.int32, copy=False)
     nll, rank, target = _score(dev, H, W_out, y)
-    rows = max(min(N, EXTRA_BYTES // (8 * n_items)), 1)
+    rows = _ranked_at_once(N, n_items)
     blocks = {name: block.shape for name, block in mixture._asdict().items()}
     mixing = _mixing(dev, blocks, memory, rows, rows)
     work = RankWork(**_allocate(rank_shapes(rows, n_items, TILE)))
@@ -695,21 +724,33 @@ class Work(NamedTuple):
     mixing: Mixing | None  # of a mixture
 
 
-def workspace(spec: Spec, n_items: int, batch: int, window: int) -> Work:
-    """Work arrays of `train_run` for windows of at most `window` steps of `batch` columns."""
+def _work_shapes(spec: Spec, n_items: int, batch: int, window: int) -> tuple[dict, dict]:
+    """Shape and dtype of the arrays of `Work` with its `OutputWork`, and of its `Mixing`."""
     D, N, dtype = spec.hidden_size, window * batch, np.dtype(spec.dtype)
     width = spec.gates * D
     sizes = {"A": (N, width), "dA": (N, width), "cache": (N, 3 * D) if spec.gates == 3 else (1, 1)}
     sizes |= dict.fromkeys(("H", "dH_cells", "dH"), (N, D)) | {"ds0": (batch, D)}
     sizes |= {"states": (window + 1, batch, D), "dW_out": (n_items, D)}
     own = {name: (shape, dtype) for name, shape in sizes.items()}
-    softmax = _output_shapes(N, n_items, D, dtype)
-    arrays = _allocate(own | softmax)
-    output = OutputWork(*(arrays.pop(name) for name in OutputWork._fields))
-    mixing = None
+    mixing = {}
     if spec.output == "mixture":
         blocks = shapes(spec, batch, n_items)
-        mixing = _mixing(device(spec.dtype), blocks, spec.memory, batch, N)
+        mixing = mixing_shapes(blocks, spec.memory, batch, N, THREADS, dtype)
+    return own | _output_shapes(N, n_items, D, dtype), mixing
+
+
+def workspace(spec: Spec, n_items: int, batch: int, window: int) -> Work:
+    """Work arrays of `train_run` for windows of at most `window` steps of `batch` columns."""
+    dev = device(spec.dtype)
+    if spec.products == "tf32" and dev.capability < AMPERE:
+        raise SettingsError(
+            f"products is 'tf32' and the device's compute capability is {dev.capability / 10}, "
+            f"expected {AMPERE / 10} (Ampere) or later: set products to 'full'"
+        )
+    own, for_mixing = _work_shapes(spec, n_items, batch, window)
+    arrays = _allocate(own)
+    output = OutputWork(*(arrays.pop(name) for name in OutputWork._fields))
+    mixing = Mixing(dev, THREADS, spec.memory, _allocate(for_mixing)) if for_mixing else None
     return Work(**arrays, output=output, log={}, mixing=mixing)
 
 
@@ -736,15 +777,29 @@ def _resident(work: Work, log: EventLog) -> tuple[Array, Array]:
     return work.log["there"]
 
 
+def _run_shapes(run: Slice, dtype: np.dtype) -> dict[str, tuple]:
+    """Shape and dtype of the new arrays of `_read_run`."""
+    K, B = run.length.shape
+    places = int(run.length.max(initial=0)) * B
+    sizes = {name: ((K, places), np.int32) for name in ("x", "cell", "y", "number")}
+    sizes |= {name: ((K, places), dtype) for name in ("event", "carry")}
+    return sizes | {"key": ((K * places,), np.int64)}
+
+
+def _run_bytes(run: Slice, dtype: np.dtype) -> int:
+    """Bytes of `_read_run` at the most."""
+    new = _bytes(_run_shapes(run, dtype))
+    # Beside the keys their order, and while CuPy sorts, a copy and room for both once more.
+    return sum(new.values()) + 4 * new["key"] + sum(field.nbytes for field in run[:5])
+
+
 def _read_run(dev: Device, log: tuple[Array, Array], run: Slice, n_items: int) -> Run:
     """Read all windows of a run, and sort the items of each."""
     xp, (K, B) = dev.xp, run.length.shape
     T = int(run.length.max(initial=0))
     slices = [to_device(np.ascontiguousarray(field)) for field in run[:5]]
     user, begin, length, fresh, target_from = slices
-    sizes = {name: ((K, T * B), np.int32) for name in ("x", "cell", "y", "number")}
-    sizes |= {name: ((K, T * B), dev.dtype) for name in ("event", "carry")}
-    new = _allocate(sizes | {"key": ((K * T * B,), np.int64)})
+    new = _allocate(_run_shapes(run, dev.dtype))
     key = new.pop("key")
     if key.size:
         out = (new["x"], new["event"], new["carry"], key, new["cell"], new["y"], new["number"])
@@ -794,11 +849,22 @@ def train_run(
     """
     needed = _sizes(**params._asdict())
     needed |= {f"accumulator of {k}": v for k, v in _sizes(**accumulators._asdict()).items()}
-    own = work.mixing.work if work.mixing else {}
+    K, own = run.key.size, work.mixing.work if work.mixing else {}
     for name, array in (work._asdict() | work.output._asdict() | own).items():
         needed |= {name: array.nbytes} if hasattr(array, "nbytes") else {}
+    at_once = _windows_at_once(run, spec.dtype)
+    parts = [run.part(k, k + at_once) for k in range(0, K, at_once)]
     with _room(needed):
-        return _train(spec, rule, scale, params, accumulators, s, log, run, work, past)
+        found = [
+            _train(spec, rule, scale, params, accumulators, s, log, part, work, past)
+            for part in parts
+        ]
+    return sum((loss for loss, _ in found), 0.0), sum(events for _, events in found)
+
+
+def _windows_at_once(run: Slice, dtype: np.dtype) -> int:
+    """Windows of a run whose arrays take `RUN_BYTES` at most, or one."""
+    return max(RUN_BYTES * run.key.size // max(_run_bytes(run, dtype), 1), 1)
 
 
 def _train(
@@ -854,7 +920,7 @@ def _train(
             blend = mixing.blend(N)
         _softmax(
             dev, H, params.W_out, read.y[k, :N], scale, work.output, loss[k, :N], dH_cells,
-            work.dW_out, blend,
+            work.dW_out, blend, spec.products == "tf32",
         )  # fmt: skip
         if mixing:
             mixing.backward(params.mixture, past, columns, scale, dH_cells)
@@ -880,3 +946,66 @@ def _train(
     accumulators.step[0] += K
     s[0] = now
     return float(to_host(loss).sum()), int(targets.sum())
+
+
+# ---------------------------------------------------------------- memory, counted
+
+
+def training_bytes(
+    spec: Spec, rule: Rule, log: EventLog, batch: int, window: int, run: Slice
+) -> tuple[int, int]:
+    """Bytes on the device of `workspace` for a log, and of `training.train_run` beside it at most.
+
+    Without parameters, accumulators and the past of a mixture.
+    """
+    D, real = spec.hidden_size, np.dtype(spec.dtype).itemsize
+    own, mixing = map(_bytes, _work_shapes(spec, log.n_items, batch, window))
+    held = sum((*own.values(), *mixing.values(), log.indptr.nbytes, log.items.nbytes))
+    if not rule.clip:
+        read = _run_bytes(run, spec.dtype)
+        most = max(min(read, RUN_BYTES), read // max(run.key.size, 1))
+        return held, batch * D * real + most
+    # `training.step` makes all of it anew: the softmax first, then gradients and scaled copies.
+    softmax = sum(own.pop(name) for name in OutputWork._fields)
+    matrices = (1 if spec.sharing == "pooled" else batch) * D * spec.gates * D * real
+    later = 3 * (matrices + own["dA"]) + 2 * own["dW_out"]
+    return held, sum((*own.values(), *mixing.values(), matrices, max(softmax, later)))
+
+
+def scoring_bytes(spec: Spec, n_items: int, run: Slice, lengths: np.ndarray, at_once: int) -> int:
+    """Bytes on the device of `evaluation.evaluate` at the most, for the run that it replays.
+
+    Without parameters and the past of a mixture. As soon as there are `at_once` cells they are
+    scored.
+    """
+    B, D, dtype = run.length.shape[1], spec.hidden_size, np.dtype(spec.dtype)
+    real, width = dtype.itemsize, spec.gates * D
+    matrices = 0 if spec.sharing == "pooled" else B * D * width * real
+    cell = D * real + 16  # its state, user, place and next item
+    targets = _targets(run, lengths)
+    most = cells = gathered = states = 0
+    for k, steps in enumerate(run.length.max(axis=1)):
+        # A window's arrays are let go when those of the next have come.
+        before, places = (gathered, states), int(steps) * B
+        gathered = places * (width * real + 16 + 3 * real) + matrices
+        states = ((places + B) * D + (places * 3 * D if spec.gates == 3 else 0)) * real
+        most = max(most, cells * cell + before[1] + gathered + max(before[0], states))
+        cells += int(targets[k])
+        if cells >= at_once or k == len(targets) - 1:
+            scoring = 2 * cells * cell + _score_bytes(spec, cells, n_items)
+            most, cells = max(most, gathered + states + scoring), 0
+    return most
+
+
+def _score_bytes(spec: Spec, cells: int, n_items: int) -> int:
+    """Bytes of `_score` or `mixture_score` at the most."""
+    dtype = np.dtype(spec.dtype)
+    scores = _bytes(_score_shapes(cells, n_items, dtype))
+    if spec.output == "softmax":
+        return sum(scores.values())
+    rows = _ranked_at_once(cells, n_items)
+    blocks = shapes(spec, rows, n_items)
+    ranks = mixing_shapes(blocks, spec.memory, rows, rows, THREADS, dtype)
+    more = sum(_bytes(ranks).values()) + sum(_bytes(rank_shapes(rows, n_items, TILE)).values())
+    kept = sum(scores[name] for name in ("target", "nll", "rank"))
+    return max(sum(scores.values()), kept + more)
