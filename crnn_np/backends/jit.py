@@ -1425,7 +1425,8 @@ def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
         if m:
             _pack(p, W_out, lo, rows, out)
             _tile_exp(p, W_out, lo, rows, m, lanes, out)
-            _tile_sum(p, W_out, lo, rows, m, lanes, out, mean_squares, (lo + rows) * D, TILE * D)
+            ahead = dW if stored else mean_squares
+            _tile_sum(p, W_out, lo, rows, m, lanes, out, ahead, (lo + rows) * D, TILE * D)
 
 
 @serial
