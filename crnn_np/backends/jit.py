@@ -1123,7 +1123,7 @@ LINE = 64  # bytes
 
 def _block_width(D: int) -> int:
     """Most events of a block: more save passes over W_out, but E, HT, U and G grow with them."""
-    return 128 if D <= 64 else 512
+    return 256 if D <= 64 else 512
 
 
 def _row_length(n: int, dtype: np.dtype) -> int:
