@@ -45,7 +45,7 @@ def _products(p, n, gate, repeat, step, kind, W, lanes, m, out, fetch):
             if kind == 0:
                 jit._product(0, False, T, m, D, lanes, w, at * D, D, HT, 0, ld, E, e, ld, HT, 0, 0)
             elif kind == 1:
-                jit._exp_product(T, m, D, lanes, w, at * D, D, HT, ld, E, e, ld, out.S[p])
+                jit._exp_product(T, m, D, lanes, w, at * D, D, HT, ld, E, e, ld, E, e, 0, out.S[p])
             elif kind == 2:
                 jit._product(1, True, D, m, T, lanes, w, at * D, D, E, e, ld, U, 0, ld, E, e, 0)
             else:

@@ -238,7 +238,7 @@ if os.name == "nt":
 else:
     _sleep, NAP = types.ExternalFunction("usleep", types.int32(types.uint32)), 50  # microseconds
 
-SPINS = 300_000  # looks at the gate, under a millisecond, before a thread naps between them
+SPINS = 2_000_000  # looks at the gate, about a millisecond, before a thread naps between them
 ARRIVED, ROUND, LOOKS = 0, 8, 9  # the first two a cache line apart
 
 
@@ -326,6 +326,9 @@ EXP2 = {  # coefficients of 2^x, -1/2 <= x <= 1/2, but for the constant 1
     ),
     64: tuple(math.log(2) ** n / math.factorial(n) for n in range(1, 14)),
 }
+ROOTS = (2.0 ** (np.arange(32) / 32)).astype(np.float32)  # 2^(j / 32)
+SLOPES = 0.69315756, 0.24023568  # of 2^x, -1/64 <= x <= 1/64, relative error 5e-8
+TURN = 1.5 * 2**18  # the last bit of the float32 numbers near it is 1 / 32
 
 
 def _lanes(dtype: np.dtype) -> int:
@@ -340,7 +343,11 @@ def _function(builder, name, result, *arguments):
 
 
 def _vector_exp2(builder, x, bits, lanes):
-    """2^x of a vector, as LLVM: x = k + r with k whole; saturates, keeps NaN."""
+    """2^x of a vector, as LLVM: x = k + r with k whole; saturates, keeps NaN.
+
+    With AVX-512 k is a multiple of 1 / 32, and 2^k but for its whole part is looked up in a table
+    in two registers: that spares two of five fused multiply-adds.
+    """
     real = ir.FloatType() if bits == 32 else ir.DoubleType()
     whole = ir.IntType(bits)
     vector, integers = ir.VectorType(real, lanes), ir.VectorType(whole, lanes)
@@ -359,12 +366,21 @@ def _vector_exp2(builder, x, bits, lanes):
     fma = _function(builder, f"fmuladd.{shape}", vector, vector, vector, vector)
     rint = _function(builder, f"rint.{shape}", vector, vector)
     if AVX512 and bits == 32:
-        k = builder.call(rint, [x])
         mask, mode = ir.IntType(16), ir.IntType(32)
         scalef = _function(
             builder, "x86.avx512.mask.scalef.ps.512", vector, vector, vector, vector, mask, mode
         )
-        p = polynomial(builder.fsub(x, k))
+        pick = _function(builder, "x86.avx512.vpermi2var.ps.512", vector, vector, integers, vector)
+        turn = _function(
+            builder, "x86.avx512.mask.rndscale.ps.512", vector, vector, mode, vector, mask, mode
+        )
+        k = builder.call(turn, [x, mode(5 << 4), constant(0.0), mask(-1), mode(4)])
+        r = builder.fsub(x, k)
+        turned = builder.fadd(k, constant(TURN))
+        low, high = (ir.Constant(vector, list(map(float, half))) for half in np.split(ROOTS, 2))
+        root = builder.call(pick, [low, builder.bitcast(turned, integers), high])
+        slope = builder.call(fma, [r, constant(SLOPES[1]), constant(SLOPES[0])])
+        p = builder.call(fma, [builder.fmul(r, root), slope, root])
         return builder.call(scalef, [p, k, constant(0.0), mask(-1), mode(4)])
     low, high = constant(1.0 - bias), constant(bias + 0.4)
     x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
@@ -392,103 +408,113 @@ def _vector_half(builder, values, lanes):
         yield builder.add(builder.add(bits, constant(0x7FFF)), odd)
 
 
-def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
-    """The LLVM code of `_block`, `_exp_block` and `_exp_half_block`; their docstrings say what.
+class Registers:
+    """A register block of sums while its LLVM code is written: n_rows by n_vectors vectors.
 
-    types_of : Numba types of the arrays A, B, C, P, S and Q (the last three or None). Where A is of
-    integers, A, B and P are words of two bfloat16 each, and so are their offsets.
-    values : add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, S, so, Q, qo, qrs;
-    None for what is not there.
+    Offsets are in elements; where `words`, elements are words of 32 bits that hold two bfloat16
+    each, and a vector of sums is of float32.
     """
-    add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, S, so, Q, qo, qrs = values
-    masked, n_vectors = n_vectors == 0, max(n_vectors, 1)
-    words = isinstance(types_of[0].dtype, types.Integer)
-    bits = 32 if words else types_of[0].dtype.bitwidth
-    lanes = VECTOR_BYTES * 8 // bits
-    i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
-    vector = ir.VectorType(ir.FloatType() if bits == 32 else ir.DoubleType(), lanes)
-    pointer_type, shape, nothing = vector.as_pointer(), f"v{lanes}f{bits}", ir.VoidType()
-    undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0.0] * lanes)
-    everywhere = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
-    if words:
-        integers = ir.VectorType(i32, lanes)
-        dot = _function(builder, "x86.avx512bf16.dpbf16ps.512", vector, vector, integers, integers)
-    else:
-        dot = _function(builder, f"fmuladd.{shape}", vector, vector, vector, vector)
-    if masked:
-        flags, numbers = ir.VectorType(i1, lanes), ir.VectorType(i64, lanes)
-        count = builder.insert_element(ir.Constant(numbers, ir.Undefined), left, i32(0))
-        count = builder.shuffle_vector(count, count, everywhere)
-        mask = builder.icmp_signed("<", ir.Constant(numbers, list(range(lanes))), count)
-        masked_load = _function(
-            builder, f"masked.load.{shape}.p0", vector, pointer_type, i32, flags, vector
-        )
-        masked_store = _function(
-            builder, f"masked.store.{shape}.p0", nothing, vector, pointer_type, i32, flags
-        )
 
-    def pointer(kind, array, offset):
-        data = context.make_array(kind)(context, builder, array).data
-        if words:
-            data = builder.bitcast(data, vector.element.as_pointer())
-        return builder.gep(data, [offset])
+    def __init__(self, context, builder, kind, n_rows, n_vectors, left):
+        self.context, self.builder, self.n_rows = context, builder, n_rows
+        self.n_vectors, self.masked = max(n_vectors, 1), n_vectors == 0
+        self.words = isinstance(kind.dtype, types.Integer)
+        self.bits = 32 if self.words else kind.dtype.bitwidth
+        self.lanes = VECTOR_BYTES * 8 // self.bits
+        self.real = ir.FloatType() if self.bits == 32 else ir.DoubleType()
+        self.vector = ir.VectorType(self.real, self.lanes)
+        self.integers = ir.VectorType(ir.IntType(self.bits), self.lanes)
+        self.shape = f"v{self.lanes}f{self.bits}"
+        if self.masked:
+            numbers = ir.VectorType(n_ir, self.lanes)
+            count = self.spread(left, ir.Constant(numbers, ir.Undefined))
+            indices = ir.Constant(numbers, list(range(self.lanes)))
+            self.mask = builder.icmp_signed("<", indices, count)
 
-    def at(base, n):
-        return builder.gep(base, [i64(n)])
+    def pointer(self, kind, array, offset):
+        data = self.context.make_array(kind)(self.context, self.builder, array).data
+        return self.builder.gep(self.builder.bitcast(data, self.real.as_pointer()), [offset])
 
-    def load(p):
-        p = builder.bitcast(p, pointer_type)
-        if masked:
-            return builder.call(masked_load, [p, i32(bits // 8), mask, zeros])
-        return builder.load(p, align=bits // 8)
+    def at(self, base, n):
+        return self.builder.gep(base, [n_ir(n)])
 
-    def store(value, p):
-        p = builder.bitcast(p, pointer_type)
-        if masked:
-            builder.call(masked_store, [value, p, i32(bits // 8), mask])
+    def cells(self, kind, array, offset, stride):
+        """Pointers to the vectors of the block in an array whose rows are `stride` apart."""
+        builder, first = self.builder, self.pointer(kind, array, offset)
+        rows = [builder.gep(first, [builder.mul(stride, n_ir(i))]) for i in range(self.n_rows)]
+        return [self.at(row, self.lanes * v) for row in rows for v in range(self.n_vectors)]
+
+    def spread(self, value, undefined=None):
+        """A vector of one value."""
+        undefined = ir.Constant(self.vector, ir.Undefined) if undefined is None else undefined
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        one = self.builder.insert_element(undefined, value, ir.IntType(32)(0))
+        return self.builder.shuffle_vector(one, undefined, zeros)
+
+    def load(self, p):
+        p, size = self.builder.bitcast(p, self.vector.as_pointer()), self.bits // 8
+        if not self.masked:
+            return self.builder.load(p, align=size)
+        kinds = p.type, ir.IntType(32), self.mask.type, self.vector
+        load = _function(self.builder, f"masked.load.{self.shape}.p0", self.vector, *kinds)
+        zeros = ir.Constant(self.vector, [0.0] * self.lanes)
+        return self.builder.call(load, [p, ir.IntType(32)(size), self.mask, zeros])
+
+    def store(self, value, p):
+        p, size = self.builder.bitcast(p, self.vector.as_pointer()), self.bits // 8
+        if not self.masked:
+            self.builder.store(value, p, align=size)
+            return
+        kinds = self.vector, p.type, ir.IntType(32), self.mask.type
+        store = _function(self.builder, f"masked.store.{self.shape}.p0", ir.VoidType(), *kinds)
+        self.builder.call(store, [value, p, ir.IntType(32)(size), self.mask])
+
+    def times(self, a, b, c):
+        """a b + c."""
+        name, kind = f"fmuladd.{self.shape}", self.vector
+        if self.words:
+            name, kind = "x86.avx512bf16.dpbf16ps.512", self.integers
+            a, b, c = c, *(self.builder.bitcast(x, kind) for x in (a, b))
+            function = _function(self.builder, name, self.vector, self.vector, kind, kind)
         else:
-            builder.store(value, p, align=bits // 8)
+            function = _function(self.builder, name, kind, kind, kind, kind)
+        return self.builder.call(function, [a, b, c])
 
-    def times(a, b, c):
-        if not words:
-            return builder.call(dot, [a, b, c])
-        return builder.call(dot, [c, *(builder.bitcast(x, integers) for x in (a, b))])
 
-    def spread(p):
-        one = builder.insert_element(undefined, builder.load(p), i32(0))
-        return builder.shuffle_vector(one, undefined, everywhere)
+n_, n_ir = types.intp, ir.IntType(64)
 
-    starts = [pointer(types_of[0], A, ao), pointer(types_of[1], B, bo)]
-    strides = [i64(1) if along_k else stride, bks]
-    if P is not None:
-        starts.append(pointer(types_of[3], P, po))
-        strides.append(pks)
-    steps = [builder.mul(stride, i64(i)) if along_k else i64(i) for i in range(n_rows)]
-    c = pointer(types_of[2], C, co)
-    c_rows = [builder.gep(c, [builder.mul(crs, i64(i))]) for i in range(n_rows)]
-    cells = [at(row, lanes * v) for row in c_rows for v in range(n_vectors)]
+
+def _emit_product(block, kinds, along_k, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks):
+    """The sums of a block, as `_block` has them. kinds: Numba types of A, B, C and P."""
+    builder = block.builder
+    kinds, zeros = iter(kinds), ir.Constant(block.vector, [0.0] * block.lanes)
+    starts = [block.pointer(next(kinds), *array) for array in ((A, ao), (B, bo))]
+    strides = [n_ir(1) if along_k else stride, bks]
+    cells = block.cells(next(kinds), C, co, crs)
+    starts.append(block.pointer(next(kinds), P, po))
+    strides.append(pks)
+    rows = [builder.mul(stride, n_ir(i)) if along_k else n_ir(i) for i in range(block.n_rows)]
 
     before, loop, done = (builder.append_basic_block(n) for n in ("before", "product", "done"))
     entry = builder.block
-    builder.cbranch(builder.trunc(add, i1), before, loop)
+    builder.cbranch(builder.trunc(add, ir.IntType(1)), before, loop)
     builder.position_at_end(before)
-    previous = [load(cell) for cell in cells]
+    previous = [block.load(cell) for cell in cells]
     builder.branch(loop)
     builder.position_at_end(loop)
-    k = builder.phi(i64)
+    k = builder.phi(n_ir)
     moving = [builder.phi(start.type) for start in starts]
-    sums = [builder.phi(vector) for _ in cells]
-    b_vectors = [load(at(moving[1], lanes * v)) for v in range(n_vectors)]
-    if P is not None:
-        fetch = _function(builder, "prefetch.p0", nothing, i8.as_pointer(), i32, i32, i32)
-        ahead = builder.bitcast(moving[2], i8.as_pointer())
-        builder.call(fetch, [ahead, i32(0), i32(2), i32(1)])
+    sums = [builder.phi(block.vector) for _ in cells]
+    b = [block.load(block.at(moving[1], block.lanes * v)) for v in range(block.n_vectors)]
+    i8, i32 = ir.IntType(8), ir.IntType(32)
+    fetch = _function(builder, "prefetch.p0", ir.VoidType(), i8.as_pointer(), i32, i32, i32)
+    ahead = builder.bitcast(moving[2], i8.as_pointer())
+    builder.call(fetch, [ahead, i32(0), i32(2), i32(1)])
     new = []
-    for i in range(n_rows):
-        a_ik = spread(builder.gep(moving[0], [steps[i]]))
-        for v in range(n_vectors):
-            new.append(times(a_ik, b_vectors[v], sums[i * n_vectors + v]))
-    next_k = builder.sub(k, i64(1))
+    for row in rows:
+        a_ik = block.spread(builder.load(builder.gep(moving[0], [row])))
+        new += [block.times(a_ik, b_k, sums[len(new) + v]) for v, b_k in enumerate(b)]
+    next_k = builder.sub(k, n_ir(1))
     moved = [builder.gep(p, [by]) for p, by in zip(moving, strides, strict=True)]
     for phi, first, again, value in zip(
         [k, *moving, *sums],
@@ -500,44 +526,62 @@ def _emit_block(context, builder, types_of, values, n_rows, n_vectors, along_k):
         phi.add_incoming(first, entry)
         phi.add_incoming(again, before)
         phi.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed(">", next_k, i64(0)), loop, done)
+    builder.cbranch(builder.icmp_signed(">", next_k, n_ir(0)), loop, done)
     builder.position_at_end(done)
-    if S is not None:
-        new = [_vector_exp2(builder, value, bits, lanes) for value in new]
-        for v in range(n_vectors):
-            total = at(pointer(types_of[4], S, so), lanes * v)
-            value = load(total)
-            for i in range(n_rows):
-                value = builder.fadd(value, new[i * n_vectors + v])
-            store(value, total)
-    if Q is None:
-        for value, cell in zip(new, cells, strict=True):
-            store(value, cell)
-        return context.get_dummy_value()
+    return new
+
+
+def _emit_exp(block, new, S, so):
+    """2 ** sums, and S += their sum over rows."""
+    builder, n = block.builder, block.n_vectors
+    new = [_vector_exp2(builder, value, block.bits, block.lanes) for value in new]
+    for v in range(n):
+        total = block.at(block.pointer(*S, so), block.lanes * v)
+        value = block.load(total)
+        for e in new[v::n]:
+            value = builder.fadd(value, e)
+        block.store(value, total)
+    return new
+
+
+def _emit_half(block, new, C, co, crs, Q, qo, qrs):
+    """Sums in bfloat16: to C in rows, and to Q with two rows to a word."""
+    context, builder, lanes = block.context, block.builder, block.lanes
     rounded = list(_vector_half(builder, new, lanes))
-    small, integers = (ir.VectorType(ir.IntType(n), lanes) for n in (16, 32))
-    sixteen, upper = (ir.Constant(integers, [n] * lanes) for n in (16, 0xFFFF0000))
+    small = ir.VectorType(ir.IntType(16), lanes)
+    sixteen, upper = (ir.Constant(block.integers, [n] * lanes) for n in (16, 0xFFFF0000))
     low = [builder.lshr(value, sixteen) for value in rounded]
-    e = builder.bitcast(context.make_array(types_of[2])(context, builder, C).data, i16.as_pointer())
-    q = pointer(types_of[5], Q, qo)
-    for i in range(n_rows):
-        row = builder.gep(e, [builder.add(co, builder.mul(crs, i64(i)))])
-        for v in range(n_vectors):
-            at_row = builder.bitcast(at(row, lanes * v), small.as_pointer())
-            builder.store(builder.trunc(low[i * n_vectors + v], small), at_row, align=2)
-    for i in range(0, n_rows, 2):
-        row = builder.gep(q, [builder.mul(qrs, i64(i // 2))])
-        for v in range(n_vectors):
-            word = low[i * n_vectors + v]
-            if i + 1 < n_rows:
-                above = builder.and_(rounded[(i + 1) * n_vectors + v], upper)
+    kind, array = C
+    e = context.make_array(kind)(context, builder, array).data
+    for i in range(block.n_rows):
+        row = builder.gep(e, [builder.add(co, builder.mul(crs, n_ir(i)))])
+        for v in range(block.n_vectors):
+            place = builder.bitcast(block.at(row, lanes * v), small.as_pointer())
+            builder.store(builder.trunc(low[i * block.n_vectors + v], small), place, align=2)
+    for i in range(0, block.n_rows, 2):
+        row = builder.gep(block.pointer(*Q, qo), [builder.mul(qrs, n_ir(i // 2))])
+        for v in range(block.n_vectors):
+            word = low[i * block.n_vectors + v]
+            if i + 1 < block.n_rows:
+                above = builder.and_(rounded[(i + 1) * block.n_vectors + v], upper)
                 word = builder.or_(word, above)
-            place = builder.bitcast(at(row, lanes * v), integers.as_pointer())
+            place = builder.bitcast(block.at(row, lanes * v), block.integers.as_pointer())
             builder.store(word, place, align=4)
-    return context.get_dummy_value()
 
 
-n_ = types.intp
+def _emit_rmsprop(block, new, W, ms, wo, wrs, learning_rate, rho, rest, eps):
+    """One step of `_rmsprop` on the rows of W from wo on, whose gradients are the sums."""
+    builder, fast = block.builder, ("fast",)
+    learning_rate, rho, rest, eps = map(block.spread, (learning_rate, rho, rest, eps))
+    root = _function(builder, f"sqrt.{block.shape}", block.vector, block.vector)
+    places = block.cells(*W, wo, wrs), block.cells(*ms, wo, wrs)
+    for g, w_at, ms_at in zip(new, *places, strict=True):
+        square = builder.fmul(builder.fmul(rest, g, fast), g, fast)
+        mean = builder.fadd(builder.fmul(rho, block.load(ms_at), fast), square, fast)
+        block.store(mean, ms_at)
+        scale = builder.call(root, [builder.fadd(mean, eps, fast)], fastmath=fast)
+        step = builder.fdiv(builder.fmul(learning_rate, g, fast), scale, fast)
+        block.store(builder.fsub(block.load(w_at), step, fast), w_at)
 
 
 @intrinsic(prefer_literal=True)
@@ -549,47 +593,84 @@ def _block(
     C[co + i crs + v] (+)= sum over k < K of a[i, k] B[bo + k bks + v], K >= 1, where a[i, k] is
     A[ao + i stride + k] along K and A[ao + i + k stride] along M. Step k fetches P[po + k pks] into
     the second-level cache. 0 vectors: one vector of which only the first `left` elements exist.
+    Where A is of integers, A, B and P are words of two bfloat16 each, and so are their offsets.
     """
-    shape = rows.literal_value, vectors.literal_value, along.literal_value == ALONG_K
+    size = rows.literal_value, vectors.literal_value
+    along_k = along.literal_value == ALONG_K
 
     def codegen(context, builder, signature, args):
-        values = *args[3:], None, None, None, None, None
-        return _emit_block(context, builder, (A, B, C, P, None, None), values, *shape)
+        block = Registers(context, builder, A, *size, args[-1])
+        new = _emit_product(block, (A, B, C, P), along_k, *args[3:-1])
+        for value, cell in zip(new, block.cells(C, *args[10:13]), strict=True):
+            block.store(value, cell)
+        return context.get_dummy_value()
 
     arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, n_)
     return types.none(rows, vectors, along, types.boolean, *arrays), codegen
 
 
 @intrinsic(prefer_literal=True)
-def _exp_block(context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K, S, so):
+def _move_block(
+    context, rows, vectors, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, W, ms,
+    wo, rule
+):  # fmt: skip
+    """`_rmsprop` on W[wo + i crs + v] by what `_block` along K would write to C, which it does not.
+
+    rule = (learning_rate, rho, 1 - rho, eps).
+    """
+    size = rows.literal_value, vectors.literal_value
+
+    def codegen(context, builder, signature, args):
+        *product, left_, W_, ms_, wo_, rule_ = args[2:]
+        block = Registers(context, builder, A, *size, left_)
+        new = _emit_product(block, (A, B, C, P), True, *product)
+        numbers = cgutils.unpack_tuple(builder, rule_)
+        _emit_rmsprop(block, new, (W, W_), (ms, ms_), wo_, product[9], *numbers)
+        return context.get_dummy_value()
+
+    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, n_, W, ms, n_, rule)
+    return types.none(rows, vectors, types.boolean, *arrays), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _exp_block(
+    context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, S, so
+):  # fmt: skip
     """C = 2 ** (the product of `_block` along K), and S[so + v] += its sum over i."""
-    shape = rows.literal_value, vectors.literal_value, True
+    size = rows.literal_value, vectors.literal_value
 
     def codegen(context, builder, signature, args):
         *product, S_, so_ = args[2:]
-        values = ir.IntType(8)(0), *product, None, None, None, None, S_, so_, None, None, None
-        return _emit_block(context, builder, (A, B, C, None, S, None), values, *shape)
+        block = Registers(context, builder, A, *size, None)
+        new = _emit_product(block, (A, B, C, P), True, ir.IntType(8)(0), *product)
+        new = _emit_exp(block, new, (S, S_), so_)
+        for value, cell in zip(new, block.cells(C, *product[6:9]), strict=True):
+            block.store(value, cell)
+        return context.get_dummy_value()
 
-    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, S, n_)
+    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, S, n_)
     return types.none(rows, vectors, *arrays), codegen
 
 
 @intrinsic(prefer_literal=True)
 def _exp_half_block(
-    context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K, S, so, Q, qo, qrs
+    context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, S, so, Q, qo, qrs
 ):
     """As `_exp_block` on words of two bfloat16, C u16 with offsets of its own elements.
 
     Q (words, rows qrs apart) gets C again, two rows to a word; a last row alone is beside 0.
     """
-    shape = rows.literal_value, vectors.literal_value, True
+    size = rows.literal_value, vectors.literal_value
 
     def codegen(context, builder, signature, args):
         *product, S_, so_, Q_, qo_, qrs_ = args[2:]
-        values = ir.IntType(8)(0), *product, None, None, None, None, S_, so_, Q_, qo_, qrs_
-        return _emit_block(context, builder, (A, B, C, None, S, Q), values, *shape)
+        block = Registers(context, builder, A, *size, None)
+        new = _emit_product(block, (A, B, C, P), True, ir.IntType(8)(0), *product)
+        new = _emit_exp(block, new, (S, S_), so_)
+        _emit_half(block, new, (C, product[6]), *product[7:9], (Q, Q_), qo_, qrs_)
+        return context.get_dummy_value()
 
-    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, S, n_, Q, n_, n_)
+    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, S, n_, Q, n_, n_)
     return types.none(rows, vectors, *arrays), codegen
 
 
@@ -631,19 +712,24 @@ def _columns(nv, left, along, add, M, A, ao, stride, B, bo, bks, C, co, crs, K, 
 
 
 @serial
+def _fetched(M, N, K, lanes, span):
+    """Elements that a step of a product has to fetch, so that all of them fetch `span`."""
+    steps = max((M // ROWS + M % ROWS) * ((N + 2 * lanes - 1) // (2 * lanes)) * K, 1)
+    return (span + steps - 1) // steps
+
+
+@serial
 def _product(along, add, M, N, K, lanes, A, ao, stride, B, bo, bks, C, co, crs, P, po, span):
     """C (M x N, rows crs apart) = or += A (M x K) B (K x N, rows bks apart), K >= 1.
 
     On flat arrays from offsets ao, bo, co; A's rows (along K) or columns (along M) are `stride`
     apart. Meanwhile `span` elements of P from po on are fetched into the second-level cache.
     """
-    full = 2 * lanes
-    steps = max((M // ROWS + M % ROWS) * ((N + full - 1) // full) * K, 1)
-    pks = (span + steps - 1) // steps
+    pks = _fetched(M, N, K, lanes, span)
     n = 0
     while n < N:
         left = N - n
-        nv = 2 if left >= full else 1 if left >= lanes else 0
+        nv = 2 if left >= 2 * lanes else 1 if left >= lanes else 0
         po = _columns(
             nv, left, along, add, M, A, ao, stride, B, bo + n, bks, C, co + n, crs, K, P, po, pks
         )
@@ -651,47 +737,116 @@ def _product(along, add, M, N, K, lanes, A, ao, stride, B, bo, bks, C, co, crs, 
 
 
 @serial
-def _exp_product(M, N, K, lanes, A, ao, stride, B, bks, C, co, crs, S):
-    """C = 2 ** (A B), its sums over rows added to S[:N]; A along K, N whole vectors."""
+def _move_product(
+    add, M, N, K, lanes, A, ao, stride, B, bo, bks, C, co, crs, P, po, span, W, ms, wo, rule
+):  # fmt: skip
+    """`_rmsprop` on W, rows crs apart from wo on, by what `_product` along K would write to C.
+
+    C is read where it is added to, and not written.
+    """
+    pks = _fetched(M, N, K, lanes, span)
+    n = 0
+    while n < N:
+        left, b, i = N - n, bo + n, 0
+        nv = 2 if left >= 2 * lanes else 1 if left >= lanes else 0
+        while i < M:
+            a, c, w = ao + i * stride, co + i * crs + n, wo + i * crs + n
+            if i + ROWS <= M:
+                if nv == 2:
+                    _move_block(
+                        ROWS, 2, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms,
+                        w, rule,
+                    )  # fmt: skip
+                elif nv == 1:
+                    _move_block(
+                        ROWS, 1, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms,
+                        w, rule,
+                    )  # fmt: skip
+                else:
+                    _move_block(
+                        ROWS, 0, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, left, W,
+                        ms, w, rule,
+                    )  # fmt: skip
+                i += ROWS
+            else:
+                if nv == 2:
+                    _move_block(
+                        1, 2, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms, w,
+                        rule,
+                    )  # fmt: skip
+                elif nv == 1:
+                    _move_block(
+                        1, 1, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms, w,
+                        rule,
+                    )  # fmt: skip
+                else:
+                    _move_block(
+                        1, 0, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, left, W, ms,
+                        w, rule,
+                    )  # fmt: skip
+                i += 1
+            po += K * pks
+        n += max(nv, 1) * lanes
+
+
+@serial
+def _exp_product(M, N, K, lanes, A, ao, stride, B, bks, C, co, crs, P, po, span, S):
+    """C = 2 ** (A B), its sums over rows added to S[:N]; A along K, N whole vectors.
+
+    Fetches as `_product` does.
+    """
+    pks = _fetched(M, N, K, lanes, span)
     for n in range(0, N, 2 * lanes):
         two = n + 2 * lanes <= N
         i = 0
         while i + ROWS <= M:
             a, c = ao + i * stride, co + i * crs + n
             if two:
-                _exp_block(ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, S, n)
+                _exp_block(ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
             else:
-                _exp_block(ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, S, n)
+                _exp_block(ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
             i += ROWS
+            po += K * pks
         while i < M:
             a, c = ao + i * stride, co + i * crs + n
-            _exp_block(1, 1, A, a, stride, B, n, bks, C, c, crs, K, S, n)
+            _exp_block(1, 1, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
             if two:
-                m = n + lanes
-                _exp_block(1, 1, A, a, stride, B, m, bks, C, c + lanes, crs, K, S, m)
+                m, c = n + lanes, c + lanes
+                _exp_block(1, 1, A, a, stride, B, m, bks, C, c, crs, K, P, po, pks, S, m)
             i += 1
+            po += K * pks
 
 
 @serial
-def _exp_half_product(M, N, K, lanes, A, stride, B, bks, C, co, crs, S, Q, qrs):
+def _exp_half_product(M, N, K, lanes, A, stride, B, bks, C, co, crs, P, po, span, S, Q, qrs):
     """`_exp_product` on words of two bfloat16; C u16, and Q with two rows to a word."""
+    pks = _fetched(M, N, K, lanes, span)
     for n in range(0, N, 2 * lanes):
         two = n + 2 * lanes <= N
         i = 0
         while i + ROWS <= M:
             a, c, q = i * stride, co + i * crs + n, i // 2 * qrs + n
             if two:
-                _exp_half_block(ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, S, n, Q, q, qrs)
+                _exp_half_block(
+                    ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n, Q, q, qrs
+                )
             else:
-                _exp_half_block(ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, S, n, Q, q, qrs)
+                _exp_half_block(
+                    ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n, Q, q, qrs
+                )
             i += ROWS
+            po += K * pks
         for lo in range(n, min(n + 2 * lanes, N), lanes):
             for j in range(i, M, 2):
                 a, c, q = j * stride, co + j * crs + lo, j // 2 * qrs + lo
                 if j + 2 <= M:
-                    _exp_half_block(2, 1, A, a, stride, B, lo, bks, C, c, crs, K, S, lo, Q, q, qrs)
+                    _exp_half_block(
+                        2, 1, A, a, stride, B, lo, bks, C, c, crs, K, P, po, pks, S, lo, Q, q, qrs
+                    )
                 else:
-                    _exp_half_block(1, 1, A, a, stride, B, lo, bks, C, c, crs, K, S, lo, Q, q, qrs)
+                    _exp_half_block(
+                        1, 1, A, a, stride, B, lo, bks, C, c, crs, K, P, po, pks, S, lo, Q, q, qrs
+                    )
 
 
 @serial
@@ -968,7 +1123,7 @@ LINE = 64  # bytes
 
 def _block_width(D: int) -> int:
     """Most events of a block: more save passes over W_out, but E, HT, U and G grow with them."""
-    return 128 if D <= 64 else 512
+    return 256 if D <= 64 else 512
 
 
 def _row_length(n: int, dtype: np.dtype) -> int:
@@ -1078,14 +1233,21 @@ def _scores_half(p, W_out, lo, rows, m, lanes, out):
 def _exp_full(p, W_out, lo, rows, m, lanes, out):
     D, ld, HT, E = W_out.shape[1], out.E.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
     W = W_out.reshape(-1)
-    _exp_product(rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, out.S[p])
+    after, span = (lo + rows) * D, TILE * D
+    _exp_product(
+        rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, W, after, span, out.S[p]
+    )
 
 
 @serial
 def _exp_half(p, W_out, lo, rows, m, lanes, out):
     K, ld, HT, E = out.HT.shape[0], out.HT.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
     W, pairs, crs = out.W_rows[p].reshape(-1), out.E_pairs[p].reshape(-1), out.E.shape[1]
-    _exp_half_product(rows, m, K, lanes, W, K, HT, ld, E, lo * crs, crs, out.S[p], pairs, ld)
+    P, D = W_out.reshape(-1), W_out.shape[1]
+    after, span = (lo + rows) * D, TILE * D
+    _exp_half_product(
+        rows, m, K, lanes, W, K, HT, ld, E, lo * crs, crs, P, after, span, out.S[p], pairs, ld
+    )
 
 
 @serial
@@ -1127,6 +1289,28 @@ def _gradient_full(add, lo, rows, old, lanes, out, dW, at):
     _product(
         ALONG_K, add, rows, D, old, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld
     )
+
+
+@serial
+def _move_full(add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
+    D, ld, Dp = out.HT.shape[0], out.E.shape[1], out.G.shape[1]
+    E, G = out.E.reshape(-1), out.G.reshape(-1)
+    after = (lo + rows) * ld
+    _move_product(
+        add, rows, D, old, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld, W, ms,
+        lo * D, rule,
+    )  # fmt: skip
+
+
+@serial
+def _move_half(add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
+    D, ld, Dp = out.W_pairs.shape[2], out.E.shape[1] // 2, out.G.shape[1]
+    E, G = out.E.reshape(-1), out.G.reshape(-1)
+    after, K = (lo + rows) * ld, old // 2
+    _move_product(
+        add, rows, D, K, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld, W, ms,
+        lo * D, rule,
+    )  # fmt: skip
 
 
 @serial
@@ -1202,6 +1386,7 @@ _tile_exp = _by_products(_exp_full, _exp_half)
 _put = _by_products(_put_full, _put_half)
 _tile_sum = _by_products(_sum_full, _sum_half)
 _tile_gradient = _by_products(_gradient_full, _gradient_half)
+_tile_move = _by_products(_move_full, _move_half)
 _logit = _by_products(_logit_full, _logit_half)
 _close = _by_products(_close_full, _close_half)
 _pad = _by_products(_pad_full, _pad_half)
@@ -1227,18 +1412,21 @@ def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
         rows = min(TILE, end - lo)
         if old >= 0:
             at = lo * D if stored else 0
-            if old:
+            if old and move:
+                add = not first
+                _tile_move(add, lo, rows, old, lanes, out, dW, at, W, mean_squares, rule)
+            elif old:
                 _tile_gradient(not first, lo, rows, old, lanes, out, dW, at)
-            elif first:
-                dW[at : at + rows * D] = 0
-            if move:
-                part = slice(lo * D, (lo + rows) * D)
-                g = dW[at : at + rows * D]
-                _rmsprop(W[part], mean_squares[part], g, rule[0], rule[1], rule[2], rule[3])
+            else:
+                part, g = slice(lo * D, (lo + rows) * D), dW[at : at + rows * D]
+                g[:] = 0
+                if move:
+                    _rmsprop(W[part], mean_squares[part], g, rule[0], rule[1], rule[2], rule[3])
         if m:
             _pack(p, W_out, lo, rows, out)
             _tile_exp(p, W_out, lo, rows, m, lanes, out)
-            _tile_sum(p, W_out, lo, rows, m, lanes, out, mean_squares, (lo + rows) * D, TILE * D)
+            ahead = dW if stored else mean_squares
+            _tile_sum(p, W_out, lo, rows, m, lanes, out, ahead, (lo + rows) * D, TILE * D)
 
 
 @serial
