@@ -12,12 +12,6 @@
    from slow memory is read in whole lines. Input of the next step is loaded a step ahead. */
 #include "common.cuh"
 
-const int WIDTH = 16 / sizeof(real);
-
-struct alignas(16) Pack {
-    real v[WIDTH];
-};
-
 /* Room for n reals, a whole number of packs. */
 __device__ inline int packed(int n)
 {
@@ -110,17 +104,6 @@ __device__ inline void copy(const real *from, real *to, int n)
 #pragma unroll 8
     for (int k = threadIdx.x; k < n; k += blockDim.x)
         to[k] = from[k];
-}
-
-/* State before a step: the last one, or `init` where a sequence begins. */
-__device__ inline real before(real carry, real state, real init)
-{
-    return carry * state + (1 - carry) * init;
-}
-
-__device__ inline real slope(real candidate, int tanh_candidate)
-{
-    return tanh_candidate ? 1 - candidate * candidate : candidate * (1 - candidate);
 }
 
 /* What a thread needs of one step: the events, and its first element of up to five arrays. */
