@@ -64,7 +64,8 @@ __device__ inline void load(const real *__restrict__ W_h, int G, bool rows, cons
     }
 }
 
-/* vectors[k, b] = from[b * stride + k] of at most C columns, zero beyond D. */
+/* vectors[k, b] = from[b * stride + k] of at most C columns. Beyond D, where the slices are zero,
+   and beyond the columns the last one is repeated. */
 template <int C>
 __device__ __forceinline__ void stage(const real *from, int stride, int columns, const Pass &p)
 {
@@ -88,8 +89,6 @@ __device__ __forceinline__ void stage(const real *from, int stride, int columns,
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
             int k = first + a * step;
-            if (k >= p.D)
-                got[a] = {};
             if (k < p.K)
                 reinterpret_cast<Part *>(p.vectors)[k * PARTS + part] = got[a];
         }

@@ -198,6 +198,10 @@ bool run(const Kernel &which, int blocks_x, int blocks_y, int threads, long shar
          bool cooperative, void **given)
 {
     int blocks = blocks_x * blocks_y;
+    if (cooperative && blocks * threads > MOST_ALIVE) {
+        snprintf(message, sizeof message, "at most %d threads can be alive here", MOST_ALIVE);
+        return false;
+    }
     std::vector<Block> alive(cooperative ? blocks : 1);
     unsigned char guard[GUARD];
     memset(guard, 0xA5, GUARD);
