@@ -1,13 +1,13 @@
 /* The recurrent cells where all columns share one matrix that is too large for a block: what
    cells.cu has, on a grid whose blocks all run at once and keep the matrix between them.
 
-   Arrays as in cells.cu, with W_h [1, D, G*D], and two for what the blocks exchange:
+   Arrays as in cells.cu, with W_h [1, D, G*D], and two that the blocks share:
      left [1, or 2 for a GRU, T, B, D]: the state before each step, and r times it. The backward
-     pass writes it too, for the gradient of W_h is its transpose times dA;
+     pass writes it too: transposed and times dA it is the gradient of W_h;
      counters [gridDim.y * 32]: zero before the first launch of all.
 
    Grid: (ceil(D / units), ceil(B / columns)). Block (p, q) has the units p * units.. of the columns
-   q * columns.., and in shared memory, for the whole window, what they are multiplied by: forward
+   q * columns.., and in shared memory, for the whole window, what they are multiplied with: forward
    the units' columns of W_h, backward their rows. The blocks of one q read each other's vectors
    from `left` forward, from dA backward, where each step has a place of its own, and meet at a
    barrier twice a step, once for tanh. Of the three products of a GRU's step the one that no other
@@ -17,9 +17,10 @@
    lanes take one k each and EACH units each. The sums of the 8 are added by shuffles, those of the
    warps in their order, so the results do not depend on `units`, `columns` or the grid by a bit.
 
-   Shared memory: slices [G, units, K], vectors [K, tile], partial [warps, tile, units], where K is D
-   rounded up to a multiple of threads / 4, and a tile has 8 columns, or 1 where columns == 1. `units`
-   is a multiple of 20, EACH 5, or else of 12, EACH 3: an odd EACH keeps the lanes in 32 banks. */
+   Shared memory: slices [G, units, K], vectors [K, tile], partial [warps, tile, units], where K is
+   D rounded up to a multiple of threads / 4, and a tile has 8 columns, or 1 where columns == 1.
+   `units` is a multiple of 20 (EACH is 5) or else of 12 (3): odd, so that the 32 lanes are in 32
+   banks. Each k of a warp costs 40 fused products a lane and 9 to 13 reads of 128 bytes. */
 #include "common.cuh"
 
 const int K_LANES = 8, UNIT_LANES = 4;
@@ -50,18 +51,38 @@ __device__ inline int wide(int units)
 }
 
 /* Copy the block's slices of W_h, zero beyond D: element k, i of slice g is W_h[k, g*D + i] or,
-   where `rows`, W_h[i, g*D + k]. Units lie in groups of `wide`, in a group k after k. */
-__device__ inline void load(const real *__restrict__ W_h, int G, bool rows, const Pass &p)
+   where `rows`, W_h[i, g*D + k]. They lie in groups of WIDE units, each [K, WIDE]. */
+template <int WIDE>
+__device__ __forceinline__ void load_groups(const real *__restrict__ W_h, int G, bool rows,
+                                            const Pass &p)
 {
-    int width = wide(p.units), size = p.units * p.K;
-    for (int q = threadIdx.x; q < G * size; q += blockDim.x) {
-        int g = q / size, at = q % size;
-        int k = rows ? at % p.K : at / p.units, n = rows ? at / p.K : at % p.units;
-        int i = p.unit + n, line = rows ? i : k, column = g * p.D + (rows ? k : i);
-        bool there = k < p.D && i < p.D;
-        p.slices[g * size + (n / width * p.K + k) * width + n % width] =
-            there ? W_h[(long long)line * G * p.D + column] : 0;
+    int groups = p.units / WIDE;
+    long long k_step = rows ? 1 : G * p.D, i_step = rows ? G * p.D : 1;
+    for (int n = 0; n < G * groups; ++n) {
+        int unit = p.unit + n % groups * WIDE;
+        for (int k = threadIdx.x; k < p.K; k += blockDim.x) {
+            const real *from = W_h + n / groups * p.D + min(k, p.D - 1) * k_step;
+            Pack got[WIDE / WIDTH];
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i)
+                got[i / WIDTH].v[i % WIDTH] = from[min(unit + i, p.D - 1) * i_step];
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i)
+                if (k >= p.D || unit + i >= p.D)
+                    got[i / WIDTH].v[i % WIDTH] = 0;
+#pragma unroll
+            for (int q = 0; q < WIDE / WIDTH; ++q)
+                reinterpret_cast<Pack *>(p.slices + (n * p.K + k) * WIDE)[q] = got[q];
+        }
     }
+}
+
+__device__ inline void load(const real *W_h, int G, bool rows, const Pass &p)
+{
+    if (wide(p.units) == 20)
+        load_groups<20>(W_h, G, rows, p);
+    else
+        load_groups<12>(W_h, G, rows, p);
 }
 
 /* vectors[k, b] = from[b * stride + k] of at most C columns. Beyond D, where the slices are zero,

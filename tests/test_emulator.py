@@ -168,7 +168,6 @@ def test_shared_memory_begins_as_nan(source):
     [
         ("dynamic", {}),
         ("static", {"reverse": True}),
-        ("dynamic", {"sanitizer": "address"}),
         ("dynamic", {"sanitizer": "thread"}),
     ],
 )
@@ -193,7 +192,7 @@ def test_a_missing_barrier_of_the_grid_is_found(grid_sources):
     ],
 )
 def test_planted_fault_of_a_grid_is_found(grid_sources, monkeypatch, row, sanitizer, fault, text):
-    monkeypatch.setattr(emulator, "LONGEST", 2 if fault == "ONCE" else 60)
+    monkeypatch.setattr(emulator, "LONGEST", 1 if fault == "ONCE" else 60)
     with pytest.raises(emulator.EmulatorError, match=text):
         pass_on(grid_sources[row], fault, sanitizer=sanitizer)
 

@@ -1,8 +1,8 @@
 """The CUDA backend: the functions of the reference on one NVIDIA GPU, and a fused run of windows.
 
 Kernels are in ``kernels/*.cu``, compiled on first use; large products are cuBLAS's. All that is
-known of the device is in `Device`: ``xp`` (CuPy), ``launch`` and ``product``. Everything runs in
-one stream, and every sum in a fixed order: a run repeats bit for bit.
+known of the device is in `Device`: ``xp`` (CuPy), ``launch``, ``product`` and two sizes. Everything
+runs in one stream, and every sum in a fixed order: a run repeats bit for bit.
 
 The softmax goes over tiles of `TILE` items and blocks of events whose logits take `LOGITS_BYTES` at
 most. For a block of N events, E [N, I] in memory once and overwritten:
@@ -14,9 +14,9 @@ most. For a block of N events, E [N, I] in memory once and overwritten:
     dW_out += E^T G of each tile                a batch of products
 
 so any logits are safe, and E is read three times. A window of `train_run` is 13 launches, 15 where
-the last tile is shorter than the others (each batch is then two), 9 more for a mixture
-(`gpu_mixture`), and nothing waits for the device until the end of a run: the host knows the numbers
-of steps, events and targets from the slices.
+the last tile is shorter than the others (each batch is then two), 1 or 2 more with `Slices` of a
+pooled matrix, 9 more for a mixture (`gpu_mixture`), and nothing waits for the device until the end
+of a run: the host knows the numbers of steps, events and targets from the slices of the log.
 """
 
 import re
