@@ -129,7 +129,7 @@ __device__ __forceinline__ void times(const real *slice, const Pass &p)
         real sum[C][EACH] = {};
 #pragma unroll 2
         for (int k = from; k < (warp + 1) * length; k += K_LANES) {
-            real x[C];
+            alignas(16) real x[C];
             if (C == 1)
                 x[0] = p.vectors[k];
             else
