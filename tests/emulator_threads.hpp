@@ -4,6 +4,7 @@
    what it orders on a GPU and no more; all other counts are relaxed atomics. So is a counter of the
    kernel, but for an addition after a fence and a fence after a look at it. */
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -76,7 +77,7 @@ void wait(Scope scope, int line)
 
 inline unsigned poll(unsigned *counter, int)
 {
-    std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
     polled = counter;
     return __atomic_load_n(counter, __ATOMIC_RELAXED);
 }
