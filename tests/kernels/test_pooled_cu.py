@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_cells_cu import GATES, error, expected, on_device, window
 
-# float32: at most 1.4e-6 seen.
-LIMITS = {"float64": 1e-11, "float32": 1e-5}
+# Largest error of an array, relative to its largest element; float32: at most 6.2e-7 seen.
+LIMITS = {"float64": 1e-11, "float32": 5e-6}
 NAMES = ["states", "cache", "ds0", "dA", "left"]
 
 device = functools.cache(functools.partial(emulator.EmulatedDevice, multiprocessors=12))
