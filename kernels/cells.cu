@@ -106,17 +106,6 @@ __device__ inline void copy(const real *from, real *to, int n)
         to[k] = from[k];
 }
 
-/* State before a step: the last one, or `init` where a sequence begins. */
-__device__ inline real before(real carry, real state, real init)
-{
-    return carry * state + (1 - carry) * init;
-}
-
-__device__ inline real slope(real candidate, int tanh_candidate)
-{
-    return tanh_candidate ? 1 - candidate * candidate : candidate * (1 - candidate);
-}
-
 /* What a thread needs of one step: the events, and its first element of up to five arrays. */
 struct Input {
     real event, carry, next_carry, v[5];

@@ -1,4 +1,5 @@
-/* What every kernel file begins with: the type `real`, sums over a block, random bits.
+/* What every kernel file begins with: the type `real`, sums over a block, a barrier of the
+   grid, random bits.
 
    Compiled with -DREAL=float or -DREAL=double. A block is one-dimensional and a whole number of
    warps; sums are taken in an order that depends on the size of the block alone, so that a run
@@ -25,8 +26,40 @@ struct alignas(16) Pack {
     type *name = reinterpret_cast<type *>(shared_bytes)
 #endif
 
+/* A counter as it is now in global memory. */
+#ifndef POLL
+#define POLL(counter) (*reinterpret_cast<volatile unsigned *>(counter))
+#endif
+
 enum : unsigned { FULL = 0xffffffffu }; /* all lanes of a warp */
 const u64 GOLDEN = 0x9E3779B97F4A7C15ull;
+
+/* A barrier of the gridDim.x blocks that have one blockIdx.y, in two halves, of which each block
+   calls the first, then the second; only in a cooperative launch. The counter is theirs alone and
+   once zero: the additions of all of them turn its highest bit and leave the others.
+
+   Writes of a block before the first half are seen by __ldcg of any of them after the second:
+   __syncthreads and thread 0's fence put them before the addition, and its fence after the poll
+   puts the poll before what the block reads. */
+__device__ inline unsigned grid_arrive(unsigned *counter)
+{
+    __syncthreads();
+    if (threadIdx.x)
+        return 0;
+    __threadfence();
+    return atomicAdd(counter, blockIdx.x ? 1u : 0x80000001u - gridDim.x);
+}
+
+/* `arrived` is what grid_arrive returned. */
+__device__ inline void grid_wait(unsigned *counter, unsigned arrived)
+{
+    if (threadIdx.x == 0) {
+        while (!((POLL(counter) ^ arrived) >> 31)) {
+        }
+        __threadfence();
+    }
+    __syncthreads();
+}
 
 /* Sum over the threads of the block, the same bits in each of them. All threads must call it. */
 template <class T>
@@ -70,6 +103,18 @@ __device__ T block_max(T value)
 __device__ inline real sigmoid(real x)
 {
     return real(0.5) + real(0.5) * tanh(real(0.5) * x);
+}
+
+/* State before a step: the last one, or `init` where a sequence begins. */
+__device__ inline real before(real carry, real state, real init)
+{
+    return carry * state + (1 - carry) * init;
+}
+
+/* Derivative of the candidate's nonlinearity, tanh or logistic. */
+__device__ inline real slope(real candidate, int tanh_candidate)
+{
+    return tanh_candidate ? 1 - candidate * candidate : candidate * (1 - candidate);
 }
 
 /* Finaliser of SplitMix64, as `windows.mix`. */

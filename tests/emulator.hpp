@@ -1,9 +1,9 @@
 /* CUDA kernels compiled as C++: what they use of CUDA, and a launch.
 
-   The blocks of a launch run one after another. The threads of a block run in lock-step as fibers,
-   each up to its next barrier, or (EMULATOR_THREADS) as real threads, which the sanitizers
-   understand. Shared memory is filled with 0xFF (NaN) before each block. Threads that do not all
-   arrive at one barrier stop the launch with a message. */
+   The blocks of a launch run one after another, those of a cooperative launch all at once. The
+   threads of a block run in lock-step as fibers, each up to its next barrier, or (EMULATOR_THREADS)
+   as real threads, which the sanitizers understand. Shared memory is filled with 0xFF (NaN) before
+   each block. Threads that do not all arrive at one barrier stop the launch with a message. */
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -19,7 +19,10 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("shared_memory")))
-#define SHARED(type, name) type *name = reinterpret_cast<type *>(emulator::dynamic)
+#define SHARED(type, name) type *name = reinterpret_cast<type *>(emulator::here->dynamic)
+#define POLL(counter) emulator::poll(counter, __LINE__)
+#define __threadfence() emulator::fence()
+#define atomicAdd(counter, value) emulator::add(counter, value)
 #define __syncthreads() emulator::wait(emulator::BLOCK, __LINE__)
 #define __syncwarp(...) emulator::wait(emulator::WARP, __LINE__)
 #define __shfl_down_sync(mask, value, delta) \
@@ -33,6 +36,12 @@ using std::min;
 
 template <class T>
 static inline T __ldg(const T *p)
+{
+    return *p;
+}
+
+template <class T>
+static inline T __ldcg(const T *p)
 {
     return *p;
 }
@@ -53,9 +62,8 @@ struct Kernel {
 
 const int MOST = 1024, GUARD = 64;
 
-unsigned char *dynamic;
 char message[256];
-Index block_index, block_size, grid_size;
+Index block_size, grid_size;
 
 /* Plain stores that no sanitizer and no library function looks at. */
 __attribute__((no_sanitize("address"), noinline)) void fill(unsigned char *from, unsigned char *to)
@@ -64,21 +72,15 @@ __attribute__((no_sanitize("address"), noinline)) void fill(unsigned char *from,
         *p = 0xFF;
 }
 
-void poison(long shared)
-{
-    fill(__start_shared_memory, __stop_shared_memory);
-    fill(dynamic, dynamic + shared);
-}
-
-void diverged(const char *what, int line)
+void diverged(const char *what, int line, Index block)
 {
     snprintf(message, sizeof message,
-             "barrier in line %d, block (%u, %u): %s", line, block_index.x, block_index.y, what);
+             "barrier in line %d, block (%u, %u): %s", line, block.x, block.y, what);
 }
 
 }  // namespace emulator
 
-#define blockIdx emulator::block_index
+#define blockIdx emulator::here->index
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
 #define threadIdx emulator::thread_index
@@ -96,18 +98,15 @@ inline int lane()
     return threadIdx.x % 32;
 }
 
-/* Two sets of slots, so that one barrier is enough. */
-unsigned long long slots[2][MOST];
-
 template <class T>
 T shuffle(unsigned mask, T value, int from, int line)
 {
-    static_assert(sizeof(T) <= sizeof slots[0][0], "a register of at most 8 bytes");
+    static_assert(sizeof(T) <= sizeof here->slots[0][0], "a register of at most 8 bytes");
     if (mask != 0xffffffffu) {
         fprintf(stderr, "shuffle in line %d: the mask is not full\n", line);
         abort();
     }
-    unsigned long long *slot = slots[shuffles()++ % 2] + threadIdx.x / 32 * 32;
+    unsigned long long *slot = here->slots[shuffles()++ % 2] + threadIdx.x / 32 * 32;
     memcpy(slot + lane(), &value, sizeof value);
     wait(WARP, line);
     memcpy(&value, slot + (from < 32 ? from : lane()), sizeof value);

@@ -1,9 +1,9 @@
 """A device for `crnn_np.backends.gpu` that needs no GPU: the same kernels, compiled as C++.
 
-`EmulatedDevice` has what the backend knows of a device: ``xp``, ``capability``, ``launch`` and
-``product``. Its arrays refuse to be mixed with arrays of the host, as CuPy's do, and begin as NaN.
-The threads of a block run in lock-step (fast), or as real threads in a process of their own under
-the sanitizers.
+`EmulatedDevice` has what the backend knows of a device: ``xp``, ``launch``, ``product`` and three
+numbers. Its arrays refuse to be mixed with arrays of the host, as CuPy's do, and begin as NaN. The
+threads of a block run in lock-step (fast), or as real threads in a process of their own under the
+sanitizers. The blocks of a kernel that meet at a barrier of the grid are all alive at once.
 """
 
 import collections
@@ -35,15 +35,18 @@ SANITIZERS = {
         "-fsanitize=address,undefined",
         "-fsanitize-sections=shared_memory",
         "-fno-sanitize-recover=all",
+        "-fno-inline",  # compiles in half the time
     ],
     "thread": ["-fsanitize=thread"],
 }
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
+LONGEST = 120  # seconds of a launch under a sanitizer
 SIGNATURE = re.compile(
     r'extern "C" __global__ void\s*(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)'
 )
 TYPES = {
     "int": np.int32,
+    "unsigned": np.uint32,
     "long long": np.int64,
     "unsigned long long": np.uint64,
     "unsigned char": np.uint8,
@@ -324,6 +327,8 @@ class EmulatedDevice:
         Bytes of shared memory that a block may have.
     capability : int
         Compute capability, 75 for 7.5.
+    multiprocessors : int
+        As many blocks can be alive at once.
     sources : list of Path
         Kernel files.
 
@@ -340,12 +345,14 @@ class EmulatedDevice:
         reverse=False,
         shared_limit=LARGEST_SHARED,
         capability=90,
+        multiprocessors=4,
         sources=None,
     ) -> None:
         self.dtype = np.dtype(dtype)
         self.capability = capability
         self.xp = Namespace()
         self.shared_limit = shared_limit
+        self.multiprocessors = multiprocessors
         self.launches = collections.Counter()
         self.runs = {}
         self.sanitizer = sanitizer
@@ -354,12 +361,13 @@ class EmulatedDevice:
 
     @functools.cached_property
     def kernels(self) -> dict:
-        """For each kernel: its file, its number there and its parameters."""
+        """For each kernel: file, number in the file, parameters, whether it is cooperative."""
         found = {}
         for source in self.sources:
+            cooperative = gpu.GRID_BARRIER in source.read_text(encoding="utf-8")
             for number, (name, params) in enumerate(signatures(source).items()):
                 assert name not in found, f"two kernels are called {name}"
-                found[name] = source, number, params
+                found[name] = source, number, params, cooperative
         return found
 
     def launch(self, name, grid, block, arguments, shared=0) -> None:
@@ -373,15 +381,16 @@ class EmulatedDevice:
             raise EmulatorError(f"{name}: a block of {block}")
         if not 0 <= shared <= self.shared_limit:
             raise EmulatorError(f"{name}: {shared} bytes of shared memory")
-        source, number, params = self.kernels[name]
+        source, number, params, cooperative = self.kernels[name]
+        if cooperative and grid_x * grid_y > self.multiprocessors:
+            raise EmulatorError(f"{name}: a grid of {grid} can't be alive at once")
         given = self.check(name, params, arguments)
         self.launches[name] += 1
         if source not in self.runs:
             made = build(source, {4: "float", 8: "double"}[self.dtype.itemsize], self.sanitizer)
             self.runs[source] = Driver(made) if self.sanitizer else Library(made, self.reverse)
-        self.runs[source](
-            name, number, (int(grid_x), int(grid_y), int(block), int(shared)), params, given
-        )
+        sizes = tuple(map(int, (grid_x, grid_y, block, shared, cooperative)))
+        self.runs[source](name, number, sizes, params, given)
 
     def check(self, name, params, arguments) -> list[np.ndarray]:
         """The arguments' memory; EmulatorError where they are not what the kernel expects."""
@@ -434,9 +443,9 @@ class Library:
                 values[k] = ctypes.addressof(keep[-1])
             else:
                 values[k] = array.ctypes.data
-        grid_x, grid_y, block, shared = sizes
+        *grid_and_block, shared, cooperative = sizes
         said = self.library.emulator_launch(
-            number, grid_x, grid_y, block, ctypes.c_long(shared), values, int(self.reverse)
+            number, *grid_and_block, ctypes.c_long(shared), cooperative, values, int(self.reverse)
         )
         if said:
             raise EmulatorError(f"{name}: {said.decode()}")
@@ -464,7 +473,7 @@ class Driver:
             self.command = ["setarch", "-R", str(path)]
 
     def __call__(self, name, number, sizes, params, given) -> None:
-        sent, places = [struct.pack("6q", number, *sizes, len(given))], {}
+        sent, places = [struct.pack("7q", number, *sizes, len(given))], {}
         written = [a for a, p in zip(given, params, strict=True) if p[2] and not p[3] and a.size]
         for a, b in itertools.combinations(written, 2):
             if a.ctypes.data != b.ctypes.data and np.may_share_memory(a, b):
@@ -474,13 +483,17 @@ class Driver:
             same = places.setdefault(place, k) if param[2] and array.nbytes else k
             sent.append(struct.pack("3q", param[2] + (param[2] and param[3]), same, array.nbytes))
             sent.append(array.tobytes())
-        done = subprocess.run(
-            self.command,
-            input=b"".join(sent),
-            capture_output=True,
-            check=False,
-            env={**os.environ, **self.OPTIONS},
-        )
+        try:
+            done = subprocess.run(
+                self.command,
+                input=b"".join(sent),
+                capture_output=True,
+                check=False,
+                env={**os.environ, **self.OPTIONS},
+                timeout=LONGEST,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise EmulatorError(f"{name}: not all blocks arrive, or it is too slow") from error
         if done.returncode:
             raise EmulatorError(f"{name}: {done.stderr.decode(errors='replace')}")
         at = 0

@@ -9,9 +9,9 @@ static void read_all(void *to, size_t bytes)
 
 int main()
 {
-    int64_t head[6]; /* kernel, blocks_x, blocks_y, threads, shared, arguments */
+    int64_t head[7]; /* kernel, blocks_x, blocks_y, threads, shared, cooperative, arguments */
     read_all(head, sizeof head);
-    int n = int(head[5]);
+    int n = int(head[6]);
     std::vector<void *> memory(n), values(n);
     std::vector<int64_t> bytes(n), pointer(n);
     for (int i = 0; i < n; ++i) {
@@ -27,7 +27,7 @@ int main()
         values[i] = pointer[i] ? &memory[i] : memory[i];
     }
     emulator::run(emulator_kernels[head[0]], int(head[1]), int(head[2]), int(head[3]), head[4],
-                  values.data());
+                  head[5], values.data());
     for (int i = 0; i < n; ++i)
         if (pointer[i] == 1)
             fwrite(memory[i], 1, bytes[i], stdout);

@@ -2,10 +2,11 @@
 
 /* NULL, or what went wrong. */
 extern "C" const char *emulator_launch(int kernel, int blocks_x, int blocks_y, int threads,
-                                       long shared, void **arguments, int reverse)
+                                       long shared, int cooperative, void **arguments,
+                                       int reverse)
 {
     emulator::reverse = reverse;
     bool good = emulator::run(emulator_kernels[kernel], blocks_x, blocks_y, threads, shared,
-                              arguments);
+                              cooperative, arguments);
     return good ? nullptr : emulator::message;
 }

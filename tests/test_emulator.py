@@ -49,6 +49,34 @@ extern "C" __global__ void add_rows(const real *a, const real *b, real *out)
     out[i] = __ldg(a + i) + b[i];
 }
 """
+GRID_KERNEL = """
+#include "common.cuh"
+extern "C" __global__ void pass_on(real *a, real *out, unsigned *counter, int fault)
+{
+    ROW;
+    int n = gridDim.x, i = threadIdx.x, block = blockIdx.x;
+    row[i] = block;
+    for (int step = 0; step < 3; ++step) {
+        real *now = a + step * n * blockDim.x;
+        now[block * blockDim.x + i] = row[i];
+        unsigned arrived = 0;
+        if (fault == ONCE && step == 1 && block == 1)
+            return;
+        if (fault == UNFENCED) {
+            __syncthreads();
+            if (i == 0)
+                arrived = atomicAdd(counter, block ? 1u : 0x80000001u - n);
+        } else if (fault != MISSING) {
+            arrived = grid_arrive(counter);
+        }
+        if (fault != MISSING)
+            grid_wait(counter, arrived);
+        row[i] = 1 + __ldcg(now + (block + 1) % n * blockDim.x + (i + 1) % blockDim.x);
+        __syncthreads();
+    }
+    out[block * blockDim.x + i] = row[i];
+}
+"""
 FAULTS = ["FIXED", "RETURN", "WARP", "RACE", "APART", "DYNAMIC", "ARRAY", "SHIFT", "UNSET"]
 
 
@@ -57,6 +85,31 @@ def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("kernels") / "faults.cu"
     path.write_text(f"enum Fault {{ NONE, {', '.join(FAULTS)} }};{KERNEL}", encoding="utf-8")
     return path
+
+
+GRID_FAULTS = ["MISSING", "ONCE", "UNFENCED"]
+
+
+@pytest.fixture(scope="module")
+def grid_sources(tmp_path_factory):
+    folder, sources = tmp_path_factory.mktemp("kernels"), {}
+    for name, row in (("dynamic", "SHARED(real, row)"), ("static", "__shared__ real row[64]")):
+        sources[name] = folder / f"{name}.cu"
+        kernel = GRID_KERNEL.replace("ROW", row)
+        text = f"enum Fault {{ NONE, {', '.join(GRID_FAULTS)} }};{kernel}"
+        sources[name].write_text(text, encoding="utf-8")
+    return sources
+
+
+def pass_on(source, fault=None, **options):
+    """Each of three blocks begins with its number, and three times takes the next one's plus 1."""
+    device = emulator.EmulatedDevice(np.float64, sources=[source], **options)
+    out, counter = device.xp.empty((3, 64)), device.xp.zeros(1, np.uint32)
+    number = np.int32(GRID_FAULTS.index(fault) + 1 if fault else 0)
+    for _ in range(2):  # the counter is not zero again after three barriers
+        a = device.xp.empty((3, 3, 64))
+        device.launch("pass_on", 3, 64, (a, out, counter, number), 512)
+    return out.get()
 
 
 def rotate(source, fault, sanitizer=None, reverse=False, dtype=np.float64):
@@ -108,6 +161,45 @@ def test_shared_memory_begins_as_nan(source):
     number = np.int32(FAULTS.index("UNSET") + 1)
     device.launch("rotate", 1, 64, (a, out, number), 65 * 8)
     assert np.isnan(out.get()).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ("dynamic", {}),
+        ("static", {"reverse": True}),
+        ("dynamic", {"sanitizer": "thread"}),
+    ],
+)
+def test_blocks_meet(grid_sources, row, options):
+    expected = np.repeat([[3.0], [4.0], [5.0]], 64, axis=1)
+    assert np.array_equal(pass_on(grid_sources[row], **options), expected)
+
+
+def test_a_missing_barrier_of_the_grid_is_found(grid_sources):
+    for reverse in (False, True):
+        assert np.isnan(pass_on(grid_sources["dynamic"], "MISSING", reverse=reverse)).any()
+
+
+@pytest.mark.parametrize(
+    ("row", "sanitizer", "fault", "text"),
+    [
+        ("dynamic", "thread", "MISSING", "data race"),
+        ("dynamic", "thread", "UNFENCED", "data race"),
+        ("dynamic", None, "ONCE", r"barrier in line \d+, block \(2, 0\): not all blocks arrive"),
+        ("dynamic", "thread", "ONCE", "not all blocks arrive"),
+        ("static", "thread", None, "no static shared memory"),
+    ],
+)
+def test_planted_fault_of_a_grid_is_found(grid_sources, monkeypatch, row, sanitizer, fault, text):
+    monkeypatch.setattr(emulator, "LONGEST", 1 if fault == "ONCE" else 60)
+    with pytest.raises(emulator.EmulatorError, match=text):
+        pass_on(grid_sources[row], fault, sanitizer=sanitizer)
+
+
+def test_a_grid_that_cannot_be_alive_at_once_is_refused(grid_sources):
+    with pytest.raises(emulator.EmulatorError, match="a grid of 3 can't be alive"):
+        pass_on(grid_sources["dynamic"], multiprocessors=2)
 
 
 @pytest.mark.parametrize("sanitizer", [None, "address"])

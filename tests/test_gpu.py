@@ -120,6 +120,55 @@ def test_two_hundred_shapes_of_a_cell(cupy):
             assert gradcheck.block_error(cupy.to_host(one), other) <= limit, (cell, T, B, D)
 
 
+def deal_out(cupy, monkeypatch, G, D):
+    """Devices in whose shared memory a block has no room for the matrix, but all together have."""
+    for dtype in DTYPES:
+        size = G * D * D * np.dtype(dtype).itemsize
+        monkeypatch.setattr(cupy.device(dtype), "shared_limit", size - 1)
+
+
+@pytest.mark.parametrize("cell", ["tanh", "gru", "gru-sigmoid"])
+def test_shapes_of_a_pooled_cell_that_is_dealt_out(cupy, monkeypatch, cell):
+    rng, G = np.random.default_rng(6), reference.CELLS[cell].gates
+    for k in range(12):
+        T, B, D = rng.integers(1, 5), rng.choice([1, 2, 5, 9, 20]), rng.choice([45, 47, 48])
+        deal_out(cupy, monkeypatch, G, D)
+        s0, A = rng.standard_normal((1, B, D)), rng.standard_normal((T, B, G * D))
+        W_h, dH = rng.standard_normal((1, D, G * D)) / np.sqrt(D), rng.standard_normal((T, B, D))
+        event, carry = (rng.random((T, B)) < 0.8).astype(float), (rng.random((T, B)) < 0.8) * 1.0
+        init = rng.normal()
+        expected = reference.cell_forward(cell, s0, init, A, W_h, event, carry)
+        wanted = reference.cell_backward(cell, dH, *expected, init, W_h, event, carry)
+        dtype, limit = (("float64", EXACT), ("float32", 1e-5))[k % 2]
+        s0, A, W_h, event, carry, dH = there(
+            *(a.astype(dtype) for a in (s0, A, W_h, event, carry, dH))
+        )
+        assert gpu._slices(gpu.device(dtype), gpu.Shape(cell, T, B, D))
+        states, cache = cupy.cell_forward(cell, s0, init, A, W_h, event, carry)
+        found = cupy.cell_backward(cell, dH, states, cache, init, W_h, event, carry)
+        kept = (cache,) if G == 3 else ()
+        for one, other in zip((*found, states, *kept), (*wanted, *expected), strict=False):
+            assert gradcheck.block_error(cupy.to_host(one), other) <= limit, (cell, T, B, D)
+
+
+@pytest.mark.parametrize(
+    ("cell", "B", "D", "expected"),
+    [
+        ("gru", 20, 768, (20, 7, (39, 3))),
+        ("gru", 1, 768, (12, 1, (64, 1))),
+        ("gru", 20, 1024, (12, 20, (86, 1))),
+        ("gru", 20, 256, (12, 4, (22, 5))),
+        ("tanh", 64, 768, (48, 8, (16, 8))),
+        ("gru", 20, 128, None),
+        ("gru", 20, 2048, None),
+    ],
+)
+def test_how_an_h100_deals_out_a_pooled_matrix(cell, B, D, expected):
+    h100 = SimpleNamespace(dtype=np.dtype("float32"), shared_limit=232448, multiprocessors=132)
+    found = gpu._slices(h100, gpu.Shape(cell, 64, B, D))
+    assert (found and found[:3]) == expected
+
+
 def test_two_hundred_shapes_of_the_softmax(cupy, monkeypatch):
     rng = np.random.default_rng(6)
     for k in range(200):
@@ -232,6 +281,24 @@ def test_a_run_is_the_loop_over_steps(cupy, kind, sharing, W_in_rows, dropout, f
     log = random_log(np.random.default_rng(3), [1, 4, 0, 9, 25, 12, 17, 30, 2], 60)
     start = model.initialise(spec, log.n_users, log.n_items, 1)
     assert_same_run(cupy, spec, rule, plan, log, start, 2 if fused else 1, 14, fused)
+
+
+@pytest.mark.parametrize("kind", ["tanh", "gru", "gru-sigmoid"])
+def test_a_run_with_a_matrix_that_is_dealt_out(cupy, monkeypatch, kind):
+    deal_out(cupy, monkeypatch, 1 if kind == "tanh" else 3, 47)
+    spec = Spec(
+        hidden_size=47,
+        sharing="pooled",
+        init_state=0.2,
+        dropout_in=0.3,
+        dropout_out=0.3,
+        **KINDS[kind],
+    )
+    rule = Rule(learning_rate=0.005, rho=0.9, eps=1e-2)
+    plan = Plan(batch=3, window=4, order="length", loss_scale="mean", seed=4)
+    log = random_log(np.random.default_rng(3), [1, 4, 0, 9, 12, 17, 2], 60)
+    start = model.initialise(spec, log.n_users, log.n_items, 1)
+    assert_same_run(cupy, spec, rule, plan, log, start, windows=6)
 
 
 @pytest.mark.parametrize("case", [name for name in SIZES if "wide" not in name])
@@ -611,7 +678,7 @@ def made_up_cupy(monkeypatch, capability="90", devices=1):
     def found():
         if not devices:
             raise RuntimeFailure("cudaErrorNoDevice")
-        limits = {"MaxSharedMemoryPerBlockOptin": 232448}
+        limits = {"MaxSharedMemoryPerBlockOptin": 232448, "MultiProcessorCount": 132}
         return SimpleNamespace(compute_capability=capability, attributes=limits)
 
     cupy, cuda = ModuleType("cupy"), ModuleType("cupy.cuda")
@@ -626,8 +693,8 @@ def made_up_cupy(monkeypatch, capability="90", devices=1):
         CUBLAS_GEMM_DEFAULT=DEFAULT,
     )
     cuda.get_cublas_handle = lambda: 7
-    cupy.RawModule = lambda code, options: SimpleNamespace(
-        code=code, options=options, get_function=Kernel
+    cupy.RawModule = lambda code, options, enable_cooperative_groups: SimpleNamespace(
+        code=code, options=options, cooperative=enable_cooperative_groups, get_function=Kernel
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
@@ -686,6 +753,7 @@ def test_launches_and_sources(monkeypatch):
             assert f"-DREAL={real}" in module.options
             assert f"{name}(" in module.code
             assert "#include" not in module.code
+            assert module.cooperative == name.startswith("pooled_")
         dev.launch("gather", (3, 2), 64, ("a",))
         dev.launch("gru_forward", 5, 128, (), 200_000)
         dev.launch("gru_forward", 5, 128, (), 100_000)

@@ -1,7 +1,7 @@
 """The CUDA backend: the functions of the reference on one NVIDIA GPU, and a fused run of windows.
 
 Kernels are in ``kernels/*.cu``, compiled on first use; large products are cuBLAS's. All that is
-known of the device is in `Device`: ``xp`` (CuPy), ``capability``, ``launch`` and ``product``.
+known of the device is in `Device`: ``xp`` (CuPy), ``launch``, ``product`` and three numbers.
 Everything runs in one stream, and every sum in a fixed order: a run repeats bit for bit.
 
 The softmax goes over tiles of `TILE` items and blocks of events whose logits take `LOGITS_BYTES` at
@@ -15,9 +15,9 @@ most. For a block of N events, E [N, I] in memory once and overwritten:
 
 so any logits are safe, and E is read three times. With ``products="tf32"`` these products are in
 TF32, and nothing else. A window of `train_run` is 13 launches, 15 where the last tile is shorter
-than the others (each batch is then two), 9 more for a mixture (`gpu_mixture`), and nothing waits
-for the device until the end of a run: the host knows the numbers of steps, events and targets from
-the slices.
+than the others (each batch is then two), 1 or 2 more with `Slices` of a pooled matrix, 9 more for a
+mixture (`gpu_mixture`), and nothing waits for the device until the end of a run: the host knows the
+numbers of steps, events and targets from the slices of the log.
 """
 
 import math
@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib import resources
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,7 @@ EXTRA_BYTES = 1 << 28  # of `RankWork.extra`, for the events of a mixture that a
 RUN_BYTES = 1 << 24  # of a `Run`; longer runs of windows go in parts
 MOST_BLOCKS = 1 << 13  # of a kernel whose threads stride over an array
 KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s+)?(\w+)\(')
+GRID_BARRIER = "grid_wait("  # in the kernel files whose launches are cooperative
 OLDEST = 75  # compute capability, Turing
 AMPERE = 80  # the first that multiplies TF32
 
@@ -98,6 +100,8 @@ class Device:
         Bytes of dynamic shared memory that a block can have.
     capability : int
         Compute capability, 75 for 7.5.
+    multiprocessors : int
+        So many blocks can run at once, whatever their size.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -129,6 +133,7 @@ class Device:
         self.dtype = np.dtype(dtype)
         self.shared_limit = attributes["MaxSharedMemoryPerBlockOptin"]
         self.capability = capability
+        self.multiprocessors = attributes["MultiProcessorCount"]
         self._handle, self._cublas = get_cublas_handle, cublas
         self._kernels: dict[str, Any] = {}
         self._shared: dict[str, int] = {}
@@ -145,7 +150,10 @@ class Device:
             if file.name.endswith(".cu"):
                 text = file.read_text(encoding="utf-8")
                 code = text.replace('#include "common.cuh"', common.replace("#pragma once", ""))
-                module = self.xp.RawModule(code=code, options=options)
+                cooperative = GRID_BARRIER in text
+                module = self.xp.RawModule(
+                    code=code, options=options, enable_cooperative_groups=cooperative
+                )
                 names = KERNEL.findall(text)
                 found.update(dict.fromkeys(names, module))
         return found
@@ -374,37 +382,128 @@ class Shape(NamedTuple):
     def gates(self) -> int:
         return CELLS[self.cell].gates
 
+    @property
+    def kind(self) -> str:
+        """In the names of the kernels."""
+        return "gru" if self.gates == 3 else "tanh"
 
-def _cell_launch(
-    dev: Device, shape: Shape, name: str, vectors: tuple[int, ...], arguments: Arguments
-) -> None:
-    """Start a pass of a cell, its matrix in shared memory where there is room for it.
-
-    `vectors` are the lengths of the work arrays there, each in whole packs of 16 bytes.
-    """
-    pack = 16 // dev.dtype.itemsize
-    cell, T, B, D = shape
-    sizes = [-(-n // pack) * 16 for n in (*vectors, D * shape.gates * D)]
-    resident = sum(sizes) <= dev.shared_limit
-    shared = sum(sizes if resident else sizes[:-1])
-    if shared > dev.shared_limit:
-        raise SettingsError(
-            f"hidden_size is {D}: the device has {dev.shared_limit} bytes of shared memory for a "
-            f"block and {shared} are needed; lower hidden_size"
-        )
-    more = (np.int32(cell == "gru"),) if shape.gates == 3 else ()
-    flags = (*map(np.int32, (T, B, D)), *more, np.int32(resident))
-    kind = "gru" if shape.gates == 3 else "tanh"
-    dev.launch(f"{kind}_{name}", B, _cell_threads(D), (*arguments, *flags), shared)
+    @property
+    def arguments(self) -> Arguments:
+        """Of the kernels, their sizes and for a GRU whether its candidate is a tanh."""
+        candidate = (np.int32(self.cell == "gru"),) if self.gates == 3 else ()
+        return (*map(np.int32, self[1:]), *candidate)
 
 
 def _cell_threads(D: int) -> int:
     return min(CELL_THREADS, 256 * -(-D // 32))
 
 
+def _cell_shared(dev: Device, shape: Shape, name: str) -> tuple[int, bool]:
+    """Bytes of shared memory of a block that has a column, and whether the matrix is in there."""
+    D, G = shape.D, shape.gates
+    if name == "forward":
+        vectors = [D] * G + [max(_cell_threads(D), min(G, 2) * D)]
+    else:
+        vectors = [D] * 3 + ([3 * D] if G == 3 else [])
+    pack = 16 // dev.dtype.itemsize
+    *sizes, matrix = (-(-n // pack) * 16 for n in (*vectors, D * G * D))
+    resident = sum(sizes) + matrix <= dev.shared_limit
+    return sum(sizes) + resident * matrix, resident
+
+
+class Slices(NamedTuple):
+    """How the blocks of a grid deal out a pooled matrix and the columns (``pooled.cu``)."""
+
+    units: int  # of a block
+    columns: int  # of a block
+    grid: tuple[int, int]
+    shared: int  # reals
+
+
+class Exchange(NamedTuple):
+    """What those blocks write for each other."""
+
+    left: Array  # real[1 or 2, T, B, D], flat, or longer
+    counters: Array  # uint32[32 * multiprocessors], of the barriers
+
+
+def _slices(dev: Device, shape: Shape) -> Slices | None:
+    """How to keep a pooled matrix in the shared memory of many blocks together.
+
+    None where each column has a block of its own instead, as with a matrix for each user: the
+    matrix fits in one block's shared memory, or not even in that of all.
+    """
+    if all(_cell_shared(dev, shape, name)[1] for name in ("forward", "backward")):
+        return None
+    room = dev.shared_limit // dev.dtype.itemsize
+    return _fastest(shape.gates, shape.B, shape.D, THREADS, dev.multiprocessors, room)
+
+
+@cache
+def _fastest(G: int, B: int, D: int, threads: int, blocks: int, room: int) -> Slices | None:
+    """The slices that cost least, counted for one term of a product's sums: a fused product for
+    each unit and column, columns in eights, and a read of each column from the second-level cache,
+    which takes a multiprocessor as long as some 20 products.
+    """
+    K = -(-D // (threads // 4)) * (threads // 4)
+    found = []
+    for groups in range(1, min(B, blocks) + 1):
+        columns = -(-B // groups)
+        tile = 8 if columns > 1 else 1
+        for width in (12, 20):
+            units = -(-D // (blocks // groups * width)) * width
+            shared = G * units * K + tile * K + threads // 32 * tile * units
+            if shared <= room:
+                cost = -(-columns // 8) * 8 * units + 20 * columns
+                grid = -(-D // units), -(-B // columns)
+                found.append((cost, Slices(units, columns, grid, shared)))
+    return min(found)[1] if found else None
+
+
+def _exchange_shapes(
+    dev: Device | None, shape: Shape, pooled: bool, dtype: np.dtype
+) -> dict[str, tuple]:
+    """Shape and dtype of the arrays of `Exchange`, none where `_slices` are not the way."""
+    if not pooled or (dev and not _slices(dev, shape)):
+        return {}
+    size = min(shape.gates, 2) * shape.T * shape.B * shape.D
+    blocks = dev.multiprocessors if dev else 0
+    return {"left": ((size,), dtype), "counters": ((32 * blocks,), np.uint32)}
+
+
+def _exchange(sizes: dict[str, tuple]) -> Exchange | None:
+    if not sizes:
+        return None
+    exchange = Exchange(**_allocate(sizes))
+    exchange.counters.fill(0)
+    return exchange
+
+
+def _launch_columns(dev: Device, shape: Shape, name: str, arguments: Arguments) -> None:
+    """Start a pass of a cell with a block for each column."""
+    shared, resident = _cell_shared(dev, shape, name)
+    if shared > dev.shared_limit:
+        raise SettingsError(
+            f"hidden_size is {shape.D}: the device has {dev.shared_limit} bytes of shared memory "
+            f"for a block and {shared} are needed; lower hidden_size"
+        )
+    kernel = f"{shape.kind}_{name}"
+    arguments += (*shape.arguments, np.int32(resident))
+    dev.launch(kernel, shape.B, _cell_threads(shape.D), arguments, shared)
+
+
+def _launch_slices(dev: Device, shape: Shape, name: str, arguments: Arguments) -> None:
+    """Start a pass of a cell with `Slices` of a pooled matrix."""
+    units, columns, grid, shared = _slices(dev, shape)
+    arguments += (*shape.arguments, np.int32(units), np.int32(columns))
+    kernel = f"pooled_{shape.kind}_{name}"
+    dev.launch(kernel, grid, THREADS, arguments, shared * dev.dtype.itemsize)
+
+
 def _forward(
     dev: Device,
     shape: Shape,
+    exchange: Exchange | None,
     s0: Array,
     init: float,
     A: Array,
@@ -416,17 +515,18 @@ def _forward(
     cache: Array,
 ) -> None:
     """The states of a window; column b has the matrix W_h[row[b]]."""
-    D, gru = shape.D, shape.gates == 3
-    vectors = (D, D, D) if gru else (D,)
-    vectors += (max(_cell_threads(D), (2 if gru else 1) * D),)
-    kept = (cache,) if gru else ()
-    arguments = (A, W_h, row, event, carry, dev.dtype.type(init), s0, states, *kept)
-    _cell_launch(dev, shape, "forward", vectors, arguments)
+    kept = (cache,) if shape.gates == 3 else ()
+    arguments = (event, carry, dev.dtype.type(init), s0, states, *kept)
+    if exchange:
+        _launch_slices(dev, shape, "forward", (A, W_h, *arguments, *exchange))
+    else:
+        _launch_columns(dev, shape, "forward", (A, W_h, row, *arguments))
 
 
 def _backward(
     dev: Device,
     shape: Shape,
+    exchange: Exchange | None,
     dH: Array,
     states: Array,
     cache: Array,
@@ -439,10 +539,24 @@ def _backward(
     dA: Array,
 ) -> None:
     """ds0 and dA of a window."""
-    D, gru = shape.D, shape.gates == 3
-    before = (dev.dtype.type(init), states, cache) if gru else (states,)
-    arguments = (dH, W_h, row, event, carry, *before, ds0, dA)
-    _cell_launch(dev, shape, "backward", (D, D, D, 3 * D) if gru else (D, D, D), arguments)
+    gru, start = shape.gates == 3, dev.dtype.type(init)
+    after = (states, cache, ds0, dA) if gru else (states, ds0, dA)
+    if exchange:
+        arguments = (dH, W_h, event, carry, start, *after, *exchange)
+        _launch_slices(dev, shape, "backward", arguments)
+    else:
+        before = (event, carry, start) if gru else (event, carry)
+        _launch_columns(dev, shape, "backward", (dH, W_h, row, *before, *after))
+
+
+def _pooled_gradient(dev: Device, shape: Shape, exchange: Exchange, dA: Array, dW_h: Array) -> None:
+    """dW_h [1, D, G*D] = left^T dA, with r h on the left of the candidate's columns."""
+    N, D = shape.T * shape.B, shape.D
+    dA, out = dA.reshape(-1, shape.gates * D)[:N], dW_h[0]
+    parts = (0, 2 * D, 3 * D) if shape.gates == 3 else (0, D)
+    for k, (first, last) in enumerate(pairwise(parts)):
+        left = exchange.left[k * N * D : (k + 1) * N * D].reshape(N, D)
+        dev.product(left.T, dA[:, first:last], out[:, first:last])
 
 
 def _matrices(dev: Device, shape: Shape, name: str, pooled: bool, arguments: Arguments) -> None:
@@ -477,7 +591,8 @@ def cell_forward(
     cache = dev.xp.empty((shape.T, shape.B, width), dev.dtype)
     s0, A, event, carry = map(dev.xp.ascontiguousarray, (s0, A, event, carry))
     row = _rows_of(dev, W_h, shape.B)
-    _forward(dev, shape, s0, init, A, W_h, row, event, carry, states, cache)
+    exchange = _exchange(_exchange_shapes(dev, shape, len(W_h) == 1, dev.dtype))
+    _forward(dev, shape, exchange, s0, init, A, W_h, row, event, carry, states, cache)
     return states, cache
 
 
@@ -502,10 +617,15 @@ def cell_backward(
     dA = dev.xp.empty((T, B, shape.gates * D), dev.dtype)
     dW_h = dev.xp.empty(W_h.shape, dev.dtype)
     dH, event, carry = map(dev.xp.ascontiguousarray, (dH, event, carry))
+    pooled = len(W_h) == 1
     row = _rows_of(dev, W_h, B)
-    _backward(dev, shape, dH, states, cache, init, W_h, row, event, carry, ds0, dA)
-    arguments = (states, cache, dA, carry, dev.dtype.type(init), dW_h)
-    _matrices(dev, shape, "recurrent_gradient", len(W_h) == 1, arguments)
+    exchange = _exchange(_exchange_shapes(dev, shape, pooled, dev.dtype))
+    _backward(dev, shape, exchange, dH, states, cache, init, W_h, row, event, carry, ds0, dA)
+    if exchange:
+        _pooled_gradient(dev, shape, exchange, dA, dW_h)
+    else:
+        arguments = (states, cache, dA, carry, dev.dtype.type(init), dW_h)
+        _matrices(dev, shape, "recurrent_gradient", pooled, arguments)
     return ds0, dA, dW_h
 
 
@@ -719,19 +839,28 @@ class Work(NamedTuple):
     ds0: Array  # real[B, D]
     dA: Array  # real[N, G*D]
     dW_out: Array  # real[I, D]
+    dW_h: Array  # real[1, D, G*D], one element without `exchange`
     output: OutputWork
+    exchange: Exchange | None  # of a pooled matrix, where there are `Slices`
     log: dict[str, Any]  # the log on the device, and the host's arrays that it is of
     mixing: Mixing | None  # of a mixture
 
 
-def _work_shapes(spec: Spec, n_items: int, batch: int, window: int) -> tuple[dict, dict]:
-    """Shape and dtype of the arrays of `Work` with its `OutputWork`, and of its `Mixing`."""
+def _work_shapes(
+    dev: Device | None, spec: Spec, n_items: int, batch: int, window: int
+) -> tuple[dict, dict]:
+    """Shape and dtype of the arrays of `Work` with those in it, and of its `Mixing`.
+
+    The most that they can be where the device is None.
+    """
     D, N, dtype = spec.hidden_size, window * batch, np.dtype(spec.dtype)
-    width = spec.gates * D
+    width, pooled = spec.gates * D, spec.sharing == "pooled"
+    exchange = _exchange_shapes(dev, Shape(spec.cell_kind, window, batch, D), pooled, dtype)
     sizes = {"A": (N, width), "dA": (N, width), "cache": (N, 3 * D) if spec.gates == 3 else (1, 1)}
     sizes |= dict.fromkeys(("H", "dH_cells", "dH"), (N, D)) | {"ds0": (batch, D)}
     sizes |= {"states": (window + 1, batch, D), "dW_out": (n_items, D)}
-    own = {name: (shape, dtype) for name, shape in sizes.items()}
+    sizes |= {"dW_h": (1, D, width) if exchange else (1,)}
+    own = {name: (shape, dtype) for name, shape in sizes.items()} | exchange
     mixing = {}
     if spec.output == "mixture":
         blocks = shapes(spec, batch, n_items)
@@ -747,11 +876,12 @@ def workspace(spec: Spec, n_items: int, batch: int, window: int) -> Work:
             f"products is 'tf32' and the device's compute capability is {dev.capability / 10}, "
             f"expected {AMPERE / 10} (Ampere) or later: set products to 'full'"
         )
-    own, for_mixing = _work_shapes(spec, n_items, batch, window)
+    own, for_mixing = _work_shapes(dev, spec, n_items, batch, window)
+    exchange = _exchange({k: own.pop(k) for k in Exchange._fields if k in own})
     arrays = _allocate(own)
     output = OutputWork(*(arrays.pop(name) for name in OutputWork._fields))
     mixing = Mixing(dev, THREADS, spec.memory, _allocate(for_mixing)) if for_mixing else None
-    return Work(**arrays, output=output, log={}, mixing=mixing)
+    return Work(**arrays, output=output, exchange=exchange, log={}, mixing=mixing)
 
 
 class Run(NamedTuple):
@@ -850,6 +980,7 @@ def train_run(
     needed = _sizes(**params._asdict())
     needed |= {f"accumulator of {k}": v for k, v in _sizes(**accumulators._asdict()).items()}
     K, own = run.key.size, work.mixing.work if work.mixing else {}
+    own = own | (work.exchange._asdict() if work.exchange else {})
     for name, array in (work._asdict() | work.output._asdict() | own).items():
         needed |= {name: array.nbytes} if hasattr(array, "nbytes") else {}
     at_once = _windows_at_once(run, spec.dtype)
@@ -906,8 +1037,9 @@ def _train(
             arguments = (params.W_in, read.x[k], work.A, width, *drop_in)
             dev.launch("gather", _by_row(cells, G * D), THREADS, arguments)
             _forward(
-                dev, shape, now, init, work.A, params.W_h, row, event, carry, states, work.cache
-            )
+                dev, shape, work.exchange, now, init, work.A, params.W_h, row, event, carry, states,
+                work.cache,
+            )  # fmt: skip
             now = states[T]
         if N:
             arguments = (states, read.cell[k], work.H, np.int32(B), np.int32(D), *drop_out)
@@ -929,12 +1061,17 @@ def _train(
             arguments = (work.dH_cells, read.number[k], work.dH, np.int32(D), *drop_out)
             dev.launch("spread_cells", cells, _across(D), arguments)
             _backward(
-                dev, shape, work.dH, states, work.cache, init, params.W_h, row, event, carry,
-                work.ds0, work.dA,
+                dev, shape, work.exchange, work.dH, states, work.cache, init, params.W_h, row,
+                event, carry, work.ds0, work.dA,
             )  # fmt: skip
-            arguments = (states, work.cache, work.dA, row, event, carry, dev.dtype.type(init))
-            arguments += (params.W_h, accumulators.W_h, *numbers)
-            _matrices(dev, shape, "recurrent_update", pooled, arguments)
+            if work.exchange:
+                _pooled_gradient(dev, shape, work.exchange, work.dA, work.dW_h)
+                arguments = (params.W_h, accumulators.W_h, work.dW_h, np.int64(work.dW_h.size))
+                dev.launch("move_dense", _blocks(work.dW_h.size), THREADS, (*arguments, *numbers))
+            else:
+                arguments = (states, work.cache, work.dA, row, event, carry, dev.dtype.type(init))
+                arguments += (params.W_h, accumulators.W_h, *numbers)
+                _matrices(dev, shape, "recurrent_update", pooled, arguments)
         if E:
             places = np.int64(k * padded), np.int64(k * (n_items + 1)), width
             late = np.int32(dense), np.int64(step), np.float64(rule.rho)
@@ -959,7 +1096,11 @@ def training_bytes(
     Without parameters, accumulators and the past of a mixture.
     """
     D, real = spec.hidden_size, np.dtype(spec.dtype).itemsize
-    own, mixing = map(_bytes, _work_shapes(spec, log.n_items, batch, window))
+    try:
+        dev = device(spec.dtype)
+    except DeviceError:
+        dev = None
+    own, mixing = map(_bytes, _work_shapes(dev, spec, log.n_items, batch, window))
     held = sum((*own.values(), *mixing.values(), log.indptr.nbytes, log.items.nbytes))
     if not rule.clip:
         read = _run_bytes(run, spec.dtype)

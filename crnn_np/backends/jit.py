@@ -1234,9 +1234,7 @@ def _exp_full(p, W_out, lo, rows, m, lanes, out):
     D, ld, HT, E = W_out.shape[1], out.E.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
     W = W_out.reshape(-1)
     after, span = (lo + rows) * D, TILE * D
-    _exp_product(
-        rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, W, after, span, out.S[p]
-    )
+    _exp_product(rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, W, after, span, out.S[p])
 
 
 @serial
