@@ -4,7 +4,8 @@
     python bench/peers.py [DIR] [--quick] [--rounds 7] [--threads 2] [--device gpu] [--json FILE]
 
 Events per second on full windows of the presets' batches, "1 x 128" (paper) and "20 x 64"
-(authors), of the collaborative GRU with its tanh candidate, without dropout: for the shapes of
+(authors), of the collaborative GRU with its tanh candidate, without dropout and at a learning rate
+at which no weight overflows however many rounds go over the same windows: for the shapes of
 Brightkite and Last.fm in the paper with items drawn Zipf-like, or for the users, items and
 sequences of a prepared data set DIR.
 
@@ -142,6 +143,7 @@ def case_of(spec: dict):
         candidate="tanh",
         dropout_in=0.0,
         dropout_out=0.0,
+        learning_rate=1e-4,
         sharing=spec["sharing"],
         **VARIANTS.get(spec["name"], {}),
     )
