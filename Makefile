@@ -13,6 +13,7 @@ RESULTS ?= results
 ARGS ?=
 NVCC ?= nvcc
 GPUS := sm_75 sm_80 sm_90
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 help:
 	@echo 'make demo         train on a built-in data set and compare with the lowest attainable error'
@@ -47,7 +48,7 @@ demo: $(VENV)/.installed
 	'$(VENV)/bin/crnn-np' demo
 
 test: $(VENV)/.installed
-	'$(VENV)/bin/python' -m pytest
+	'$(VENV)/bin/python' -m pytest $(WORKERS)
 
 reproduce: $(VENV)/.installed
 	'$(VENV)/bin/python' bench/reproduce.py --data '$(DATA)' --out '$(RESULTS)' \
@@ -73,9 +74,9 @@ lint: $(VENV)/.installed
 
 test-oldest:
 	@mkdir -p build
-	sed -n 's/^    \([a-z]*\) >= \([0-9.]*\)$$/\1==\2/p' setup.cfg > build/oldest.txt
+	sed -n 's/^    \([a-z-]*\) >= \([0-9.]*\)$$/\1==\2/p' setup.cfg > build/oldest.txt
 	$(call install,build/oldest,--constraint build/oldest.txt)
-	build/oldest/bin/python -m pytest
+	build/oldest/bin/python -m pytest $(WORKERS)
 
 clean:
 	rm -rf build dist crnn_np.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
