@@ -62,7 +62,7 @@ kernels:
 	@command -v '$(NVCC)' > /dev/null || { echo 'kernels: NOT COMPILED, no nvcc'; exit 0; }; \
 	work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && \
 	for file in kernels/*.cu; do for real in float double; do \
-	    '$(NVCC)' -std=c++17 -DREAL=$$real -Werror all-warnings -fatbin -o "$$work/fatbin" \
+	    '$(NVCC)' -std=c++17 -DREAL=$$real -Werror all-warnings --threads 0 -fatbin -o "$$work/fatbin" \
 	        $(foreach gpu,$(GPUS),-gencode arch=$(gpu:sm_%=compute_%),code=$(gpu)) "$$file" \
 	        || { echo "kernels: $$file does not compile for $$real" >&2; exit 1; }; \
 	done; done; \

@@ -76,9 +76,15 @@ def record(file):
 
 def errors(out):
     """What must not depend on where a run was broken off: all but times, dates and machines."""
-    kept = ("model", "seed", "status", "settings", "chosen", "scores", "per_user", "epochs")
+    kept = ("model", "seed", "status", "settings", "chosen", "scores", "per_user")
+
+    def steady(found):
+        # The training loss is summed in parts of an epoch that depend on the pace.
+        epochs = [e | {"loss": round(e["loss"], 9)} for e in found.get("epochs") or []]
+        return {k: found.get(k) for k in kept} | {"epochs": epochs}
+
     return {
-        str(file.relative_to(out)): {k: record(file).get(k) for k in kept}
+        str(file.relative_to(out)): steady(record(file))
         for file in sorted(out.glob("*/**/*-*.json"))
     } | {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*.csv"))}
 
