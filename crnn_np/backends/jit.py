@@ -471,14 +471,13 @@ class Registers:
 
     def times(self, a, b, c):
         """a b + c."""
-        name, kind = f"fmuladd.{self.shape}", self.vector
+        builder, vector = self.builder, self.vector
         if self.words:
-            name, kind = "x86.avx512bf16.dpbf16ps.512", self.integers
-            a, b, c = c, *(self.builder.bitcast(x, kind) for x in (a, b))
-            function = _function(self.builder, name, self.vector, self.vector, kind, kind)
-        else:
-            function = _function(self.builder, name, kind, kind, kind, kind)
-        return self.builder.call(function, [a, b, c])
+            kinds = vector, self.integers, self.integers
+            dot = _function(builder, "x86.avx512bf16.dpbf16ps.512", vector, *kinds)
+            return builder.call(dot, [c, *(builder.bitcast(x, self.integers) for x in (a, b))])
+        fma = _function(builder, f"fmuladd.{self.shape}", vector, vector, vector, vector)
+        return builder.call(fma, [a, b, c])
 
 
 n_, n_ir = types.intp, ir.IntType(64)
@@ -486,13 +485,11 @@ n_, n_ir = types.intp, ir.IntType(64)
 
 def _emit_product(block, kinds, along_k, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks):
     """The sums of a block, as `_block` has them. kinds: Numba types of A, B, C and P."""
-    builder = block.builder
-    kinds, zeros = iter(kinds), ir.Constant(block.vector, [0.0] * block.lanes)
-    starts = [block.pointer(next(kinds), *array) for array in ((A, ao), (B, bo))]
-    strides = [n_ir(1) if along_k else stride, bks]
-    cells = block.cells(next(kinds), C, co, crs)
-    starts.append(block.pointer(next(kinds), P, po))
-    strides.append(pks)
+    builder, zeros = block.builder, ir.Constant(block.vector, [0.0] * block.lanes)
+    of_A, of_B, of_C, of_P = kinds
+    starts = [block.pointer(*x) for x in ((of_A, A, ao), (of_B, B, bo), (of_P, P, po))]
+    strides = [n_ir(1) if along_k else stride, bks, pks]
+    cells = block.cells(of_C, C, co, crs)
     rows = [builder.mul(stride, n_ir(i)) if along_k else n_ir(i) for i in range(block.n_rows)]
 
     before, loop, done = (builder.append_basic_block(n) for n in ("before", "product", "done"))
