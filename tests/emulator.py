@@ -430,8 +430,8 @@ class Library:
     """A kernel file compiled for lock-step, in this process."""
 
     def __init__(self, path: Path, reverse: bool) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.emulator_launch.restype = ctypes.c_char_p
+        self.loaded = ctypes.CDLL(str(path))
+        self.loaded.emulator_launch.restype = ctypes.c_char_p
         self.reverse = reverse
 
     def __call__(self, name, number, sizes, params, given) -> None:
@@ -444,7 +444,7 @@ class Library:
             else:
                 values[k] = array.ctypes.data
         *grid_and_block, shared, cooperative = sizes
-        said = self.library.emulator_launch(
+        said = self.loaded.emulator_launch(
             number, *grid_and_block, ctypes.c_long(shared), cooperative, values, int(self.reverse)
         )
         if said:
