@@ -84,10 +84,19 @@ TILE = 96  # items; E of a tile fits in the second-level cache beside its rows o
 TANH, GRU, GRU_SIGMOID = 0, 1, 2
 KINDS = {"tanh": TANH, "gru": GRU, "gru-sigmoid": GRU_SIGMOID}
 
+# For arguments: a function that is given a literal is compiled once more, for this one.
+ZERO, ONE, NO_UPDATE = np.int64(0), np.int64(1), np.int64(-1)
+YES, NO = np.bool_(True), np.bool_(False)
+
 FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}
 FAITHFUL = {"contract"}  # reassociation would undo the argument reduction of exp
-serial = njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
-exact = njit(cache=True, nogil=True, error_model="numpy", fastmath=FAITHFUL)
+OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+# Functions for compiled callers alone need neither wrappers nor the counting of references, which
+# take half the time to compile. They allocate nothing.
+INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+entry = njit(fastmath=FAST, **OPTIONS)
+serial = njit(fastmath=FAST, **OPTIONS, **INNER)
+exact = njit(fastmath=FAITHFUL, **OPTIONS)
 
 
 # ---------------------------------------------------------------- scalar functions
@@ -198,6 +207,13 @@ def _drop(values, start, first, threshold, factor):
     for j in range(values.size):
         bits = _mix(start + np.uint64(first + j + 1) * GOLDEN) >> np.uint64(40)
         values[j] = values[j] * factor if bits >= threshold else 0
+
+
+@serial
+def _copy(to, values):
+    """to[:] = values, for two vectors; Numba's own takes seconds to compile, for its error."""
+    for j in range(to.size):
+        to[j] = values[j]
 
 
 @serial
@@ -890,9 +906,9 @@ def _tanh_forward(T, states, before, gates, W, event, carry, init, lanes):
     for t in range(T):
         _begin(t, states, before, carry, init)
         if event[t] == 0:
-            states[t + 1] = before[t]
+            _copy(states[t + 1], before[t])
             continue
-        _row_product(D, D, lanes, h, t * D, w, 0, D, a, t * D)
+        _row_product(D, D, lanes, h, t * D, w, ZERO, D, a, t * D)
         for j in range(D):
             states[t + 1, j] = _tanh(gates[t, j])
 
@@ -912,7 +928,7 @@ def _tanh_backward(T, dH, states, WT, event, carry, ds, dA, lanes):
             new = states[t + 1, j]
             dA[t, j] = (dH[t, j] + ds[j]) * (1 - new * new)
         ds[:] = 0
-        _row_product(D, D, lanes, da, t * D, wt, 0, D, ds, 0)
+        _row_product(D, D, lanes, da, t * D, wt, ZERO, D, ds, ZERO)
         for j in range(D):
             ds[j] *= c
 
@@ -924,10 +940,10 @@ def _gru_forward(sigmoid, T, states, before, reset, gates, W, event, carry, init
     for t in range(T):
         _begin(t, states, before, carry, init)
         if event[t] == 0:
-            states[t + 1] = before[t]
+            _copy(states[t + 1], before[t])
             reset[t] = 0
             continue
-        _row_product(2 * D, D, lanes, h, t * D, w, 0, 3 * D, a, t * 3 * D)
+        _row_product(2 * D, D, lanes, h, t * D, w, ZERO, 3 * D, a, t * 3 * D)
         for j in range(2 * D):
             gates[t, j] = _sigmoid(gates[t, j])
         for j in range(D):
@@ -948,7 +964,6 @@ def _gru_forward(sigmoid, T, states, before, reset, gates, W, event, carry, init
 def _gru_backward(sigmoid, T, dH, before, gates, WT, event, carry, ds, dA, lanes):
     D = before.shape[1]
     wt, da = WT.reshape(-1), dA.reshape(-1)
-    drh = np.empty(D, dH.dtype)
     for t in range(T - 1, -1, -1):
         c = carry[t]
         if event[t] == 0:
@@ -963,13 +978,15 @@ def _gru_backward(sigmoid, T, dH, before, gates, WT, event, carry, ds, dA, lanes
             dA[t, 2 * D + j] = dh * z * slope
             dA[t, j] = dh * (new - h) * z * (1 - z)
             ds[j] = dh * (1 - z)
+        drh = dA[t, D : 2 * D]
         drh[:] = 0
-        _row_product(D, D, lanes, da, t * 3 * D + 2 * D, wt, 2 * D * D, D, drh, 0)
+        reset_at, new_at = (t * 3 + 1) * D, (t * 3 + 2) * D
+        _row_product(D, D, lanes, da, new_at, wt, 2 * D * D, D, da, reset_at)
         for j in range(D):
             r = gates[t, D + j]
-            dA[t, D + j] = drh[j] * before[t, j] * r * (1 - r)
             ds[j] += drh[j] * r
-        _row_product(D, 2 * D, lanes, da, t * 3 * D, wt, 0, D, ds, 0)
+            drh[j] *= before[t, j] * r * (1 - r)
+        _row_product(D, 2 * D, lanes, da, t * 3 * D, wt, ZERO, D, ds, ZERO)
         for j in range(D):
             ds[j] *= c
 
@@ -1009,22 +1026,26 @@ def _recurrent_gradient(kind, add, T, first, last, b, cell, dA, dW_h, lanes):
         return
     h, rh = cell.before[b].reshape(-1), cell.reset[b].reshape(-1)
     da, to, at = dA.reshape(-1), dW_h.reshape(-1), first * width
-    _product(ALONG_M, add, rows, gates, T, lanes, h, first, D, da, 0, width, to, at, width, h, 0, 0)
+    off = ZERO
+    _product(
+        ALONG_M, add, rows, gates, T, lanes, h, first, D, da, off, width, to, at, width, h, off, off
+    )
     if kind != TANH:
         at += gates
         _product(
-            ALONG_M, add, rows, D, T, lanes, rh, first, D, da, gates, width, to, at, width, h, 0, 0
-        )
+            ALONG_M, add, rows, D, T, lanes, rh, first, D, da, gates, width, to, at, width, h, off,
+            off,
+        )  # fmt: skip
 
 
-@serial
+@entry
 def _forward_window(p, n, gate, kind, cell, W_h, event, carry, init, lanes):
     for b in range(p, event.shape[0], n):
         W = W_h[b if W_h.shape[0] > 1 else 0]
         _forward_column(kind, event.shape[1], b, cell, W, event[b], carry[b], init, lanes)
 
 
-@serial
+@entry
 def _backward_window(p, n, gate, kind, cell, dH, W_h, event, carry, ds0, dA, dW_h, lanes):
     T, D = event.shape[1], dH.shape[2]
     WT = np.empty((W_h.shape[2], D), dH.dtype)
@@ -1179,22 +1200,18 @@ def _output_work(
 # for words of two bfloat16. `_by_products` chooses by the type of `out`.
 
 
-@serial
 def _load_full(H, j, d, factor, out):
     out.HT[d, j] = H[j, d] * factor if j < H.shape[0] else 0
 
 
-@serial
 def _load_half(H, j, d, factor, out):
     out.HT[d // 2, j, d % 2] = _half(H[j, d] * factor) if j < H.shape[0] else 0
 
 
-@serial
 def _pack_full(p, W_out, lo, rows, out):
     pass
 
 
-@serial
 def _pack_half(p, W_out, lo, rows, out):
     W_rows, W_pairs, D = out.W_rows[p], out.W_pairs[p], W_out.shape[1]
     for i in range(rows):
@@ -1213,20 +1230,20 @@ def _pack_half(p, W_out, lo, rows, out):
 
 
 @serial
+def _rows_times_HT(W, at, rows, m, lanes, out, scores):
+    """scores (rows x m, HT's distance between rows) = `rows` rows from W[at] on, times HT."""
+    K, ld, HT, to, off = out.HT.shape[0], out.HT.shape[1], out.HT.reshape(-1), scores, ZERO
+    _product(ALONG_K, NO, rows, m, K, lanes, W, at, K, HT, off, ld, to, off, ld, to, off, off)
+
+
 def _scores_full(p, W_out, lo, rows, m, lanes, out):
-    D, ld, HT, e = W_out.shape[1], out.HT.shape[1], out.HT.reshape(-1), out.tile[p]
-    W = W_out.reshape(-1)
-    _product(ALONG_K, False, rows, m, D, lanes, W, lo * D, D, HT, 0, ld, e, 0, ld, e, 0, 0)
+    _rows_times_HT(W_out.reshape(-1), lo * W_out.shape[1], rows, m, lanes, out, out.tile[p])
 
 
-@serial
 def _scores_half(p, W_out, lo, rows, m, lanes, out):
-    ld, HT, e = out.HT.shape[1], out.HT.reshape(-1), out.tile[p]
-    K, W = out.HT.shape[0], out.W_rows[p].reshape(-1)
-    _product(ALONG_K, False, rows, m, K, lanes, W, 0, K, HT, 0, ld, e, 0, ld, e, 0, 0)
+    _rows_times_HT(out.W_rows[p].reshape(-1), ZERO, rows, m, lanes, out, out.tile[p])
 
 
-@serial
 def _exp_full(p, W_out, lo, rows, m, lanes, out):
     D, ld, HT, E = W_out.shape[1], out.E.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
     W = W_out.reshape(-1)
@@ -1234,7 +1251,6 @@ def _exp_full(p, W_out, lo, rows, m, lanes, out):
     _exp_product(rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, W, after, span, out.S[p])
 
 
-@serial
 def _exp_half(p, W_out, lo, rows, m, lanes, out):
     K, ld, HT, E = out.HT.shape[0], out.HT.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
     W, pairs, crs = out.W_rows[p].reshape(-1), out.E_pairs[p].reshape(-1), out.E.shape[1]
@@ -1245,12 +1261,10 @@ def _exp_half(p, W_out, lo, rows, m, lanes, out):
     )
 
 
-@serial
 def _put_full(p, lo, i, j, value, out):
     out.E[lo + i, j] = value
 
 
-@serial
 def _put_half(p, lo, i, j, value, out):
     bits, pairs = _half(value), out.E_pairs[p]
     out.E[lo + i, j] = bits
@@ -1260,65 +1274,59 @@ def _put_half(p, lo, i, j, value, out):
         pairs[i // 2, j] |= bits << np.uint32(16)
 
 
-@serial
 def _sum_full(p, W_out, lo, rows, m, lanes, out, P, po, span):
     D, ld, E, U = W_out.shape[1], out.E.shape[1], out.E.reshape(-1), out.U[p].reshape(-1)
     W = W_out.reshape(-1)
     _product(
-        ALONG_M, True, D, m, rows, lanes, W, lo * D, D, E, lo * ld, ld, U, 0, ld, P, po, span
+        ALONG_M, YES, D, m, rows, lanes, W, lo * D, D, E, lo * ld, ld, U, ZERO, ld, P, po, span
     )  # fmt: skip
 
 
-@serial
 def _sum_half(p, W_out, lo, rows, m, lanes, out, P, po, span):
     D, ld, E, U = W_out.shape[1], out.HT.shape[1], out.E_pairs[p].reshape(-1), out.U[p].reshape(-1)
     W, K = out.W_pairs[p].reshape(-1), (rows + 1) // 2
-    _product(ALONG_M, True, D, m, K, lanes, W, 0, D, E, 0, ld, U, 0, ld, P, po, span)
+    _product(ALONG_M, YES, D, m, K, lanes, W, ZERO, D, E, ZERO, ld, U, ZERO, ld, P, po, span)
 
 
-@serial
 def _gradient_full(add, lo, rows, old, lanes, out, dW, at):
     D, ld, Dp = out.HT.shape[0], out.E.shape[1], out.G.shape[1]
     E, G = out.E.reshape(-1), out.G.reshape(-1)
     after = (lo + rows) * ld
     _product(
-        ALONG_K, add, rows, D, old, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld
-    )
+        ALONG_K, add, rows, D, old, lanes, E, lo * ld, ld, G, ZERO, Dp, dW, at, D, E, after,
+        TILE * ld,
+    )  # fmt: skip
 
 
-@serial
 def _move_full(add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
     D, ld, Dp = out.HT.shape[0], out.E.shape[1], out.G.shape[1]
     E, G = out.E.reshape(-1), out.G.reshape(-1)
     after = (lo + rows) * ld
     _move_product(
-        add, rows, D, old, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld, W, ms,
-        lo * D, rule,
+        add, rows, D, old, lanes, E, lo * ld, ld, G, ZERO, Dp, dW, at, D, E, after, TILE * ld, W,
+        ms, lo * D, rule,
     )  # fmt: skip
 
 
-@serial
 def _move_half(add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
     D, ld, Dp = out.W_pairs.shape[2], out.E.shape[1] // 2, out.G.shape[1]
     E, G = out.E.reshape(-1), out.G.reshape(-1)
     after, K = (lo + rows) * ld, old // 2
     _move_product(
-        add, rows, D, K, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld, W, ms,
+        add, rows, D, K, lanes, E, lo * ld, ld, G, ZERO, Dp, dW, at, D, E, after, TILE * ld, W, ms,
         lo * D, rule,
     )  # fmt: skip
 
 
-@serial
 def _gradient_half(add, lo, rows, old, lanes, out, dW, at):
     D, ld, Dp = out.W_pairs.shape[2], out.E.shape[1] // 2, out.G.shape[1]
     E, G = out.E.reshape(-1), out.G.reshape(-1)
     after, K = (lo + rows) * ld, old // 2
     _product(
-        ALONG_K, add, rows, D, K, lanes, E, lo * ld, ld, G, 0, Dp, dW, at, D, E, after, TILE * ld
+        ALONG_K, add, rows, D, K, lanes, E, lo * ld, ld, G, ZERO, Dp, dW, at, D, E, after, TILE * ld
     )
 
 
-@serial
 def _logit_full(H, j, W_out, i, out):
     logit = H.dtype.type(0)
     for d in range(H.shape[1]):
@@ -1326,7 +1334,6 @@ def _logit_full(H, j, W_out, i, out):
     return logit
 
 
-@serial
 def _logit_half(H, j, W_out, i, out):
     """Of the rounded factors, as the logits in the sum of exponentials are."""
     logit = H.dtype.type(0)
@@ -1335,26 +1342,22 @@ def _logit_half(H, j, W_out, i, out):
     return logit * H.dtype.type(math.log(2))
 
 
-@serial
 def _close_full(H, j, i, s, factor, out):
     out.E[i, j] -= s
     for d in range(H.shape[1]):
         out.G[j, d] = H[j, d] * factor
 
 
-@serial
 def _close_half(H, j, i, s, factor, out):
     out.E[i, j] = _half(_unhalf(out.E[i, j]) - s)
     for d in range(H.shape[1]):
         out.G[j // 2, d, j % 2] = _half(H[j, d] * factor)
 
 
-@serial
 def _pad_full(j, out):
     out.G[j] = 0
 
 
-@serial
 def _pad_half(j, out):
     out.G[j // 2, :, j % 2] = 0
 
@@ -1365,11 +1368,10 @@ def _by_products(full: Callable, half: Callable) -> Callable:
     def stub(*arguments):
         raise RuntimeError("compiled code only")
 
-    @overload(stub, strict=False)
+    @overload(stub, strict=False, jit_options=INNER | {"nopython": True})
     def choose(*arguments):
         [out] = [a for a in arguments if getattr(a, "instance_class", None) is Output]
-        chosen = half if out[Output._fields.index("E")].dtype == types.uint16 else full
-        return lambda *arguments: chosen(*arguments)
+        return half if out[Output._fields.index("E")].dtype == types.uint16 else full
 
     return stub
 
@@ -1459,7 +1461,7 @@ def _shifted_tiles(p, n, W_out, m, lanes, out):
                 v = _exp((e[j] - shift[j]) * ln2)
                 _put(p, lo, i, j, v, out)
                 S[j] += v
-        _tile_sum(p, W_out, lo, rows, m, lanes, out, W, lo * W_out.shape[1], 0)
+        _tile_sum(p, W_out, lo, rows, m, lanes, out, W, lo * W_out.shape[1], ZERO)
 
 
 @serial
@@ -1468,6 +1470,17 @@ def _load_states(H, first, last, factor, out):
     for d in range(H.shape[1]):
         for j in range(first, last):
             _load_state(H, j, d, factor, out)
+
+
+@serial
+def _maxima(p, m, out):
+    """The largest of S over all threads, in thread p's shift."""
+    top = out.shift[p]
+    for j in range(m):
+        top[j] = out.S[0, j]
+    for q in range(1, out.S.shape[0]):
+        for j in range(m):
+            top[j] = max(top[j], out.S[q, j])
 
 
 @serial
@@ -1507,8 +1520,7 @@ def _softmax(
         _meet(n, gate)
         _largest_scores(p, n, W_out, m, lanes, out)
         _meet(n, gate)
-        for j in range(m):
-            shift[j] = out.S[:, j].max()
+        _maxima(p, m, out)
         _meet(n, gate)
         _shifted_tiles(p, n, W_out, m, lanes, out)
         _meet(n, gate)
@@ -1541,13 +1553,13 @@ def _softmax(
     return loss, m
 
 
-@serial
+@entry
 def _output(p, n, gate, H, W_out, y, dH, lanes, limits, out, blend):
     """`output` in blocks; returns the loss of thread p's events."""
     one = W_out.dtype.type(1)
     rule = (one, one, one, one)
     N, width = H.shape[0], out.total.shape[1]
-    loss, old, first = 0.0, -1, True
+    loss, old, first = 0.0, NO_UPDATE, YES
     for lo in range(0, N, width):
         hi = min(lo + width, N)
         some = None
@@ -1556,13 +1568,13 @@ def _output(p, n, gate, H, W_out, y, dH, lanes, limits, out, blend):
             some = share[lo:hi], distributions[lo:hi], total[lo:hi]
         part, m = _softmax(
             p, n, gate, H[lo:hi], W_out, W_out, y[lo:hi], one, lanes, out, dH[lo:hi], limits,
-            old, first, False, rule, some,
+            old, first, NO, rule, some,
         )  # fmt: skip
         first = lo == 0
         old = m
         loss += part
     _meet(n, gate)
-    _tiles(p, n, W_out, W_out, lanes, max(old, 0), first, False, 0, out, rule)
+    _tiles(p, n, W_out, W_out, lanes, max(old, ZERO), first, NO, ZERO, out, rule)
     return loss
 
 
@@ -1574,7 +1586,7 @@ def _rank_tiles(p, n, W_out, m, lanes, out, target, sums, ahead):
     """
     items, D = W_out.shape
     ld = out.HT.shape[1]
-    W, HT, scores = W_out.reshape(-1), out.HT.reshape(-1), out.tile[p]
+    W, scores = W_out.reshape(-1), out.tile[p]
     top, shift, part = out.S[p], out.shift[p], out.total[p]
     top[:] = -np.inf
     sums[:] = 0
@@ -1582,9 +1594,7 @@ def _rank_tiles(p, n, W_out, m, lanes, out, target, sums, ahead):
     begin, end = _share(p, n, items, TILE)
     for lo in range(begin, end, TILE):
         rows = min(TILE, end - lo)
-        _product(
-            ALONG_K, False, rows, m, D, lanes, W, lo * D, D, HT, 0, ld, scores, 0, ld, scores, 0, 0
-        )
+        _rows_times_HT(W, lo * D, rows, m, lanes, out, scores)
         part[:] = 0
         for i in range(rows):
             e = scores[i * ld : i * ld + m]
@@ -1603,24 +1613,25 @@ def _one_score(W_out, i, j, lanes, out, some):
     D, ld = W_out.shape[1], out.HT.shape[1]
     W, HT, base = W_out.reshape(-1), out.HT.reshape(-1), j // lanes * lanes
     _product(
-        ALONG_K, False, 1, lanes, D, lanes, W, i * D, D, HT, base, ld, some, 0, lanes, some, 0, 0
-    )
+        ALONG_K, NO, ONE, lanes, D, lanes, W, i * D, D, HT, base, ld, some, ZERO, lanes, some, ZERO,
+        ZERO,
+    )  # fmt: skip
     return some[j - base]
 
 
 @serial
-def _score_block(p, n, gate, H, W_out, y, lanes, limits, out, target, sums, ahead):
+def _score_block(p, n, gate, H, W_out, y, lanes, limits, out, target, some, sums, ahead):
     """One block of events: the targets' scores, and `_rank_tiles`, with a shift where need be.
 
     Returns the first and last + 1 of thread p's events.
     """
-    N, some = y.size, np.empty(lanes, H.dtype)
+    N = y.size
     m = (N + lanes - 1) // lanes * lanes
     begin, end = _share(p, n, m, lanes)
     _load_states(H, begin, end, H.dtype.type(1), out)
     end = min(end, N)
     for j in range(begin, end):
-        target[j] = _one_score(W_out, y[j], j, lanes, out, some)
+        target[j] = _one_score(W_out, np.int64(y[j]), j, lanes, out, some)
     _meet(n, gate)
     out.shift[p] = 0
     _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
@@ -1629,22 +1640,21 @@ def _score_block(p, n, gate, H, W_out, y, lanes, limits, out, target, sums, ahea
     for j in range(N):
         safe = safe and limits[0] < sums[:, j].sum() < limits[1]
     if not safe:
-        for j in range(m):
-            out.shift[p, j] = out.S[:, j].max()
+        _maxima(p, m, out)
         _meet(n, gate)
         _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
         _meet(n, gate)
     return begin, end
 
 
-@serial
+@entry
 def _score(p, n, gate, H, W_out, y, lanes, limits, out, target, sums, ahead, nll, rank):
     """`score` in blocks; target [width], sums f64 and ahead i32 [threads, width] are work."""
-    width = out.total.shape[1]
+    width, some = out.total.shape[1], np.empty(lanes, H.dtype)
     for lo in range(0, H.shape[0], width):
         hi = min(lo + width, H.shape[0])
         begin, end = _score_block(
-            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, target, sums, ahead
+            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, target, some, sums, ahead
         )
         for j in range(begin, end):
             shift = np.float64(out.shift[p, j]) - np.float64(target[j])
@@ -1838,7 +1848,9 @@ def _mix_forward(n, b, user, at, y, h, mix):
         hidden[q] = math.tanh(hidden[q])
         for k in range(g.size):
             g[k] += hidden[q] * gate_out[q, k]
-    top, total = g.max(), 0.0
+    top, total = g[0], 0.0
+    for k in range(1, g.size):
+        top = max(top, g[k])
     for k in range(g.size):
         g[k] = math.exp(g[k] - top)
         total += g[k]
@@ -1906,7 +1918,7 @@ def _end_column(t, b, mix):
             own[C] += row * mix.ramp[i]
 
 
-@serial
+@entry
 def _mixture(p, n, gate, H, W_out, y, user, at, dH, lanes, limits, out, mix):
     """`mixture`, each cell a column of its own; returns the loss of thread p's events."""
     one = np.float64(1)
@@ -1948,14 +1960,12 @@ def _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead):
     """
     items, D = W_out.shape
     ld = out.HT.shape[1]
-    W, HT, scores = W_out.reshape(-1), out.HT.reshape(-1), out.tile[p]
+    W, scores = W_out.reshape(-1), out.tile[p]
     ahead[:] = 0
     begin, end = _share(p, n, items, TILE)
     for lo in range(begin, end, TILE):
         rows = min(TILE, end - lo)
-        _product(
-            ALONG_K, False, rows, m, D, lanes, W, lo * D, D, HT, 0, ld, scores, 0, ld, scores, 0, 0
-        )
+        _rows_times_HT(W, lo * D, rows, m, lanes, out, scores)
         for i in range(rows):
             e = scores[i * ld : i * ld + m]
             common = unigram[lo + i] + FLOOR
@@ -1963,7 +1973,7 @@ def _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead):
                 ahead[j] += _exp(e[j] + offset[j]) + flat[j] * common >= cut[j]
 
 
-@serial
+@entry
 def _mixture_score(
     p, n, gate, H, W_out, y, user, at, lanes, limits, out, target, sums, ahead, levels, mix,
     begin_of, follower, count, unigram, own_indptr, own_items, nll, rank,
@@ -1979,7 +1989,7 @@ def _mixture_score(
     for lo in range(0, H.shape[0], width):
         hi = min(lo + width, H.shape[0])
         begin, end = _score_block(
-            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, target, sums, ahead
+            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, target, some, sums, ahead
         )
         for j in range(begin, end):
             c = lo + j
@@ -2236,13 +2246,13 @@ def _mix_window_forward(b, T, B, user, first, start, drop, work, mix):
     D = work.H.shape[1]
     begun = False
     for t in range(T):
-        c = work.number[b, t]
+        c = np.int64(work.number[b, t])
         if c < 0:
             continue
         if not begun:
             _begin_column(b, user, first + T - 1, mix)
             begun = True
-        work.H[c] = work.cell.states[b, t + 1]
+        _copy(work.H[c], work.cell.states[b, t + 1])
         if drop[0]:
             _drop(work.H[c], start, (t * B + b) * D, drop[0], drop[1])
         _mix_forward(c, b, user, first + t, work.y[c], work.H[c], mix)
@@ -2262,7 +2272,7 @@ def _mix_window_backward(p, b, T, B, user, first, start, drop, scale, rule, work
         _mix_backward(p, c, b, user, first + t, work.y[c], work.H[c], scale, dh, mix)
         if drop[0]:
             _drop(dh, start, (t * B + b) * D, drop[0], drop[1])
-        work.dH[b, t] = dh
+        _copy(work.dH[b, t], dh)
     if not begun:
         return
     _end_column(p, b, mix)
@@ -2295,7 +2305,7 @@ def _move_mixture(p, n, mix, squares, rule):
         _move_dense(mix.blocks.gate_out, squares.gate_out, mix.dgate_out, rule)
 
 
-@serial
+@entry
 def _train(
     p, n, gate, kind, init, drop_in, drop_out, rule, dense, scale, lanes, limits, params, ms,
     indptr, items, run, s, work, out, mix, squares,
@@ -2311,7 +2321,7 @@ def _train(
     D, width, block = W_out.shape[1], W_in.shape[1], out.total.shape[1]
     cell = work.cell
     total, events = 0.0, 0
-    old, first, move = -1, True, False
+    old, first, move = NO_UPDATE, YES, NO
     for k in range(run.key.size):
         user, length = run.user[k], run.length[k]
         B = user.size
@@ -2326,15 +2336,15 @@ def _train(
         begin, end = _share(p, n, T * B, 1)
         for q in range(begin, end):
             b, t = q // T, q % T
-            cell.gates[b, t] = W_in[work.x[b, t]]
+            _copy(cell.gates[b, t], W_in[work.x[b, t]])
             if drop_in[0]:
                 _drop(cell.gates[b, t], start_in, (t * B + b) * width, drop_in[0], drop_in[1])
         _meet(n, gate)
         for b in range(p, B, n):
             W = W_h[0 if pooled else user[b]]
-            cell.states[b, 0] = s[0, b]
+            _copy(cell.states[b, 0], s[0, b])
             _forward_column(kind, T, b, cell, W, work.event[b], work.carry[b], init, lanes)
-            s[0, b] = cell.states[b, T]
+            _copy(s[0, b], cell.states[b, T])
             work.dH[b, :T] = 0
             if mix is not None:
                 at = indptr[user[b]] + run.start[k, b]
@@ -2349,15 +2359,15 @@ def _train(
             if mix is None:
                 for c in range(lo + begin, min(lo + end, hi)):
                     t, b = work.cells[c, 0], work.cells[c, 1]
-                    work.H[c] = cell.states[b, t + 1]
+                    _copy(work.H[c], cell.states[b, t + 1])
                     if drop_out[0]:
                         _drop(work.H[c], start_out, (t * B + b) * D, drop_out[0], drop_out[1])
             else:
                 blend = mix.share[lo:hi], mix.p[lo:hi], mix.total[lo:hi]
             if N == 0:
                 _meet(n, gate)
-                _tiles(p, n, W_out, ms.W_out, lanes, old, first, move, 0, out, rule)
-                old = 0
+                _tiles(p, n, W_out, ms.W_out, lanes, old, first, move, ZERO, out, rule)
+                old = ZERO
             else:
                 loss, old = _softmax(
                     p, n, gate, work.H[lo:hi], W_out, ms.W_out, work.y[lo:hi], scale, lanes, out,
@@ -2371,7 +2381,7 @@ def _train(
                     dh = work.dH_cells[c]
                     if drop_out[0]:
                         _drop(dh, start_out, (t * B + b) * D, drop_out[0], drop_out[1])
-                    work.dH[b, t] = dh
+                    _copy(work.dH[b, t], dh)
         _meet(n, gate)
 
         for b in range(p, B, n):
@@ -2394,7 +2404,7 @@ def _train(
         _meet(n, gate)
         events += N
     if old >= 0:
-        _tiles(p, n, W_out, ms.W_out, lanes, old, first, move, 0, out, rule)
+        _tiles(p, n, W_out, ms.W_out, lanes, old, first, move, ZERO, out, rule)
     _meet(n, gate)
     if p == 0:
         ms.step[0] += run.key.size
