@@ -1123,13 +1123,15 @@ class Output(NamedTuple):
 
     HT: Array  # [D, ld], H of the block transposed, times log2(e)
     E: Array  # [I, ld]
-    S: Array  # [threads, width]
-    U: Array  # [threads, D, ld]
-    total: Array  # [threads, width], S over all threads, for each thread
+    S: Array  # [chunks, width]
+    U: Array  # [chunks, D + APART, ld]
+    total: Array  # [threads, width], S over all chunks, for each thread
     shift: Array  # [threads, width], likewise
     G: Array  # [width, Dp]
     tile: Array  # [threads, TILE * max(D, ld)], dW_out or scores of a tile
     dW_out: Array  # [I, D], where a window has more than one block
+    chunks: Array  # i64[chunks + 1], of `_chunks`
+    taken: Array  # i64[8 (threads + 1)], how often all asked for one; from 8 on what p saw of it
     # Of a tile, for bfloat16 products:
     W_rows: Array  # u16[threads, TILE, D rounded up], W_out
     W_pairs: Array  # u32[threads, TILE / 2, D], W_out with two items to a word
@@ -1137,11 +1139,25 @@ class Output(NamedTuple):
 
 
 LINE = 64  # bytes
+APART = 32  # rows between two threads' sums: a prefetcher runs past the end of one
 
 
 def _block_width(D: int) -> int:
     """Most events of a block: more save passes over W_out, but E, HT, U and G grow with them."""
     return 256 if D <= 64 else 512
+
+
+def _chunks(items: int, n: int) -> Array:
+    """The first item of each chunk of whole tiles, and `items`: of n long chunks, then short ones.
+
+    Thread p begins with chunk p; whoever is done takes the next short one, from large to small,
+    which together have a quarter of the tiles. A chunk has sums of its own, so that it makes no
+    difference who takes it.
+    """
+    short = np.arange(4 * min(n, 4) if n > 1 else 0, 0, -1)
+    sizes = np.append(np.full(n, max(3 * short.sum(), 1) / n), short)
+    tiles = np.rint(np.cumsum(sizes) / sizes.sum() * -(-items // TILE))
+    return np.minimum(np.append(0, tiles.astype(np.int64)) * TILE, items)
 
 
 def _row_length(n: int, dtype: np.dtype) -> int:
@@ -1179,21 +1195,27 @@ def _output_work(
     store = N > width if store is None else store
     narrow, word = np.uint16 if half else dtype, np.uint32
     D_even = D + D % 2
+    chunks = _chunks(items, n)
+    sums = len(chunks) - 1 if whole else n
     shapes = (
         ((D_even // 2, ld, 2) if half else (D, ld), narrow),
         ((items if whole else 0, 2 * _row_length(width // 2, dtype) if half else ld), narrow),
-        ((n, width), dtype),
-        ((n, D if whole else 0, ld), dtype),
+        ((sums, width), dtype),
+        ((sums, D + APART if whole else 0, ld), dtype),
         ((n, width), dtype),
         ((n, width), dtype),
         ((width // 2, Dp, 2) if half else (width, Dp), narrow),
         ((n, TILE * max(D, ld)), dtype),
         ((items if store else 0, D), dtype),
+        ((len(chunks),), np.int64),
+        ((8 * (n + 1),), np.int64),
         ((n, TILE if half else 0, D_even), np.uint16),
         ((n, TILE // 2 if half else 0, D), word),
         ((n, TILE // 2 if half else 0, ld), word),
     )
-    return Output(*(_aligned(*shape) for shape in shapes))
+    out = Output(*(_aligned(*shape) for shape in shapes))
+    out.chunks[:] = chunks
+    return out
 
 
 # The steps of a tile and of an event in two versions, `full` for elements of the dtype and `half`
@@ -1244,20 +1266,20 @@ def _scores_half(p, W_out, lo, rows, m, lanes, out):
     _rows_times_HT(out.W_rows[p].reshape(-1), ZERO, rows, m, lanes, out, out.tile[p])
 
 
-def _exp_full(p, W_out, lo, rows, m, lanes, out):
+def _exp_full(p, c, W_out, lo, rows, m, lanes, out):
     D, ld, HT, E = W_out.shape[1], out.E.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
     W = W_out.reshape(-1)
     after, span = (lo + rows) * D, TILE * D
-    _exp_product(rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, W, after, span, out.S[p])
+    _exp_product(rows, m, D, lanes, W, lo * D, D, HT, ld, E, lo * ld, ld, W, after, span, out.S[c])
 
 
-def _exp_half(p, W_out, lo, rows, m, lanes, out):
+def _exp_half(p, c, W_out, lo, rows, m, lanes, out):
     K, ld, HT, E = out.HT.shape[0], out.HT.shape[1], out.HT.reshape(-1), out.E.reshape(-1)
     W, pairs, crs = out.W_rows[p].reshape(-1), out.E_pairs[p].reshape(-1), out.E.shape[1]
     P, D = W_out.reshape(-1), W_out.shape[1]
     after, span = (lo + rows) * D, TILE * D
     _exp_half_product(
-        rows, m, K, lanes, W, K, HT, ld, E, lo * crs, crs, P, after, span, out.S[p], pairs, ld
+        rows, m, K, lanes, W, K, HT, ld, E, lo * crs, crs, P, after, span, out.S[c], pairs, ld
     )
 
 
@@ -1274,16 +1296,16 @@ def _put_half(p, lo, i, j, value, out):
         pairs[i // 2, j] |= bits << np.uint32(16)
 
 
-def _sum_full(p, W_out, lo, rows, m, lanes, out, P, po, span):
-    D, ld, E, U = W_out.shape[1], out.E.shape[1], out.E.reshape(-1), out.U[p].reshape(-1)
+def _sum_full(p, c, W_out, lo, rows, m, lanes, out, P, po, span):
+    D, ld, E, U = W_out.shape[1], out.E.shape[1], out.E.reshape(-1), out.U[c].reshape(-1)
     W = W_out.reshape(-1)
     _product(
         ALONG_M, YES, D, m, rows, lanes, W, lo * D, D, E, lo * ld, ld, U, ZERO, ld, P, po, span
     )  # fmt: skip
 
 
-def _sum_half(p, W_out, lo, rows, m, lanes, out, P, po, span):
-    D, ld, E, U = W_out.shape[1], out.HT.shape[1], out.E_pairs[p].reshape(-1), out.U[p].reshape(-1)
+def _sum_half(p, c, W_out, lo, rows, m, lanes, out, P, po, span):
+    D, ld, E, U = W_out.shape[1], out.HT.shape[1], out.E_pairs[p].reshape(-1), out.U[c].reshape(-1)
     W, K = out.W_pairs[p].reshape(-1), (rows + 1) // 2
     _product(ALONG_M, YES, D, m, K, lanes, W, ZERO, D, E, ZERO, ld, U, ZERO, ld, P, po, span)
 
@@ -1390,78 +1412,88 @@ _pad = _by_products(_pad_full, _pad_half)
 
 
 @serial
+def _tile(p, c, lo, rows, W_out, ms, lanes, old, first, move, m, out, rule):
+    """`_tiles` on one tile of chunk c."""
+    D, stored = W_out.shape[1], out.dW_out.size > 0
+    W, mean_squares = W_out.reshape(-1), ms.reshape(-1)
+    dW = out.dW_out.reshape(-1) if stored else out.tile[p]
+    at = lo * D if stored else 0
+    if old > 0 and move:
+        _tile_move(not first, lo, rows, old, lanes, out, dW, at, W, mean_squares, rule)
+    elif old > 0:
+        _tile_gradient(not first, lo, rows, old, lanes, out, dW, at)
+    elif old == 0:
+        part, g = slice(lo * D, (lo + rows) * D), dW[at : at + rows * D]
+        g[:] = 0
+        if move:
+            _rmsprop(W[part], mean_squares[part], g, rule[0], rule[1], rule[2], rule[3])
+    if m:
+        _pack(p, W_out, lo, rows, out)
+        _tile_exp(p, c, W_out, lo, rows, m, lanes, out)
+        ahead = dW if stored else mean_squares
+        _tile_sum(p, c, W_out, lo, rows, m, lanes, out, ahead, (lo + rows) * D, TILE * D)
+
+
+@serial
 def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
-    """One pass over thread p's tiles: the update by the block before, then E, S and U of this one.
+    """One pass over the tiles: the update by the block before, then E, S and U of this one.
 
     `old` events (padded) of the block before whose E and G are ready, -1 for no update; `first`
     sets dW_out, otherwise it is added to; with `move` RMSprop moves W_out. m events (padded) of
     this block, 0 for no logits. rule = (learning_rate, rho, 1 - rho, eps).
     """
-    items, D = W_out.shape
-    W, mean_squares = W_out.reshape(-1), ms.reshape(-1)
-    stored = out.dW_out.size > 0
-    dW = out.dW_out.reshape(-1) if stored else out.tile[p]
-    if m:
-        out.S[p, :] = 0
-        out.U[p, :] = 0
-    begin, end = _share(p, n, items, TILE)
-    for lo in range(begin, end, TILE):
-        rows = min(TILE, end - lo)
-        if old >= 0:
-            at = lo * D if stored else 0
-            if old and move:
-                add = not first
-                _tile_move(add, lo, rows, old, lanes, out, dW, at, W, mean_squares, rule)
-            elif old:
-                _tile_gradient(not first, lo, rows, old, lanes, out, dW, at)
-            else:
-                part, g = slice(lo * D, (lo + rows) * D), dW[at : at + rows * D]
-                g[:] = 0
-                if move:
-                    _rmsprop(W[part], mean_squares[part], g, rule[0], rule[1], rule[2], rule[3])
+    c, chunks, before = p, out.chunks.size - 1, out.taken[8 * (p + 1)]
+    while c < chunks:
         if m:
-            _pack(p, W_out, lo, rows, out)
-            _tile_exp(p, W_out, lo, rows, m, lanes, out)
-            ahead = dW if stored else mean_squares
-            _tile_sum(p, W_out, lo, rows, m, lanes, out, ahead, (lo + rows) * D, TILE * D)
+            out.S[c, :] = 0
+            out.U[c, :] = 0
+        end = out.chunks[c + 1]
+        for lo in range(out.chunks[c], end, TILE):
+            rows = min(TILE, end - lo)
+            _tile(p, c, lo, rows, W_out, ms, lanes, old, first, move, m, out, rule)
+        c = n + _add(out.taken, 0, 1) - before
+    out.taken[8 * (p + 1)] = before + chunks
 
 
 @serial
 def _largest_scores(p, n, W_out, m, lanes, out):
-    """The largest score of each event on thread p's tiles, in units of log 2, in S[p]."""
-    ld, scores, top = out.HT.shape[1], out.tile[p], out.S[p]
-    top[:] = -np.inf
-    begin, end = _share(p, n, W_out.shape[0], TILE)
-    for lo in range(begin, end, TILE):
-        rows = min(TILE, end - lo)
-        _pack(p, W_out, lo, rows, out)
-        _tile_scores(p, W_out, lo, rows, m, lanes, out)
-        for i in range(rows):
-            e = scores[i * ld : i * ld + m]
-            for j in range(m):
-                top[j] = max(top[j], e[j])
+    """The largest score of each event on thread p's tiles, in units of log 2, in S."""
+    ld, scores = out.HT.shape[1], out.tile[p]
+    for c in range(p, out.chunks.size - 1, n):
+        top = out.S[c]
+        top[:] = -np.inf
+        end = out.chunks[c + 1]
+        for lo in range(out.chunks[c], end, TILE):
+            rows = min(TILE, end - lo)
+            _pack(p, W_out, lo, rows, out)
+            _tile_scores(p, W_out, lo, rows, m, lanes, out)
+            for i in range(rows):
+                e = scores[i * ld : i * ld + m]
+                for j in range(m):
+                    top[j] = max(top[j], e[j])
 
 
 @serial
 def _shifted_tiles(p, n, W_out, m, lanes, out):
     """E = 2 ** (score - shift) on thread p's tiles, and S and U."""
-    ld, scores, S, shift = out.HT.shape[1], out.tile[p], out.S[p], out.shift[p]
-    W = W_out.reshape(-1)
-    S[:] = 0
-    out.U[p, :] = 0
-    begin, end = _share(p, n, W_out.shape[0], TILE)
-    ln2 = W_out.dtype.type(math.log(2))
-    for lo in range(begin, end, TILE):
-        rows = min(TILE, end - lo)
-        _pack(p, W_out, lo, rows, out)
-        _tile_scores(p, W_out, lo, rows, m, lanes, out)
-        for i in range(rows):
-            e = scores[i * ld : i * ld + m]
-            for j in range(m):
-                v = _exp((e[j] - shift[j]) * ln2)
-                _put(p, lo, i, j, v, out)
-                S[j] += v
-        _tile_sum(p, W_out, lo, rows, m, lanes, out, W, lo * W_out.shape[1], ZERO)
+    ld, scores, shift = out.HT.shape[1], out.tile[p], out.shift[p]
+    W, ln2 = W_out.reshape(-1), W_out.dtype.type(math.log(2))
+    for c in range(p, out.chunks.size - 1, n):
+        S = out.S[c]
+        S[:] = 0
+        out.U[c, :] = 0
+        end = out.chunks[c + 1]
+        for lo in range(out.chunks[c], end, TILE):
+            rows = min(TILE, end - lo)
+            _pack(p, W_out, lo, rows, out)
+            _tile_scores(p, W_out, lo, rows, m, lanes, out)
+            for i in range(rows):
+                e = scores[i * ld : i * ld + m]
+                for j in range(m):
+                    v = _exp((e[j] - shift[j]) * ln2)
+                    _put(p, lo, i, j, v, out)
+                    S[j] += v
+            _tile_sum(p, c, W_out, lo, rows, m, lanes, out, W, lo * W_out.shape[1], ZERO)
 
 
 @serial
@@ -1526,7 +1558,7 @@ def _softmax(
         _meet(n, gate)
         _sums(p, m, out)
     U = out.U[0]
-    for q in range(1, n):
+    for q in range(1, out.U.shape[0]):
         for d in range(D):
             for j in range(begin, end):
                 U[d, j] += out.U[q, d, j]
@@ -1674,7 +1706,7 @@ def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, A
     dtype = W_out.dtype
     H, dH = np.ascontiguousarray(H), np.empty(H.shape, dtype)
     out = _output_work(len(H), *W_out.shape, dtype, store=True)
-    n = len(out.S)
+    n = len(out.total)
     limits = _sum_limits(dtype)
     losses = _together(n, _output, H, W_out, y, dH, _lanes(dtype), limits, out, None)
     return sum(losses), dH, out.dW_out
@@ -1687,7 +1719,7 @@ def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     out = _output_work(y.size, *W_out.shape, dtype, whole=False, store=False)
     work = np.empty_like(out.S[0]), np.empty(out.S.shape), np.empty(out.S.shape, np.int32)
     H, limits = np.ascontiguousarray(H), _sum_limits(dtype)
-    _together(len(out.S), _score, H, W_out, y, _lanes(dtype), limits, out, *work, nll, rank)
+    _together(len(out.total), _score, H, W_out, y, _lanes(dtype), limits, out, *work, nll, rank)
     return nll, rank
 
 
@@ -1945,7 +1977,9 @@ def mixture(
     out = _output_work(len(H), *W_out.shape, dtype, store=True)
     mix = _mixing(mixture, past, memory, _mixing_work(mixture, memory, len(H), len(H)))
     limits = _sum_limits(dtype)
-    losses = _together(len(out.S), _mixture, H, W_out, *cells, dH, _lanes(dtype), limits, out, mix)
+    losses = _together(
+        len(out.total), _mixture, H, W_out, *cells, dH, _lanes(dtype), limits, out, mix
+    )
     dense = (d.sum(axis=0).astype(dtype) for d in (mix.dtau, mix.dgate_in, mix.dgate_out))
     dtau, dgate_in, dgate_out = dense
     dnu, dgate_user = mix.dnu.astype(dtype), mix.dgate_user.astype(dtype)
@@ -2080,7 +2114,7 @@ def mixture_score(
     levels, limits = np.zeros((3, width), dtype), _sum_limits(dtype)
     H = np.ascontiguousarray(H)
     _together(
-        len(out.S), _mixture_score, H, W_out, *cells, _lanes(dtype), limits, out, *work, levels,
+        len(out.total), _mixture_score, H, W_out, *cells, _lanes(dtype), limits, out, *work, levels,
         mix, *past.counts, nll, rank,
     )  # fmt: skip
     return nll, rank
@@ -2142,7 +2176,7 @@ def workspace(
         dH=real(B, T, D),
         ds=real(B, D),
         dA=real(B, T, width),
-        W_T=real(len(out.S), width, D),
+        W_T=real(len(out.total), width, D),
         dW_h=real(D, width),
         cells=np.empty((N, 2), np.int32),
         number=np.empty((B, T), np.int32),
@@ -2452,7 +2486,7 @@ def train_run(
         mix = _mixing(params.mixture, past, spec.memory, own)
         squares = accumulators.mixture
     results = _together(
-        len(out.S),
+        len(out.total),
         _train,
         KINDS[spec.cell_kind],
         real(spec.init_state),

@@ -30,12 +30,13 @@ from crnn_np.windows import Plan
 
 dtype, *threads = sys.argv[1:]
 rng = np.random.default_rng(0)
-log = from_sequences([rng.integers(0, 400, n) for n in (40, 31, 22, 60, 3, 17)], 400)
+items = 3_000  # tiles for more than the first chunk of each thread
+log = from_sequences([rng.integers(0, items, n) for n in (40, 31, 22, 60, 3, 17)], items)
 spec = Spec(hidden_size=9, dropout_in=0.2, dropout_out=0.2, dtype=dtype)
 plan = Plan(batch=3, window=5, epochs=2, loss_scale="mean")
 H = rng.standard_normal((150, 9)).astype(dtype)
-W_out = rng.standard_normal((400, 9)).astype(dtype)
-y = rng.integers(0, 400, 150).astype(np.int32)
+W_out = rng.standard_normal((items, 9)).astype(dtype)
+y = rng.integers(0, items, 150).astype(np.int32)
 runs = []
 for n in map(int, threads):
     numba.set_num_threads(n)
@@ -81,6 +82,16 @@ def test_a_second_process_finds_the_compiled_code_on_disk(tmp_path):
     assert (second["hits"], second["misses"]) == (1, 0)
     assert files(tmp_path) == written
     assert second["runs"] == first["runs"]
+
+
+@pytest.mark.parametrize("items", [1, 96, 97, 5_000])
+@pytest.mark.parametrize("threads", [1, 2, 5, 64])
+def test_chunks_are_whole_tiles_and_all_of_them(items, threads):
+    chunks = jit._chunks(items, threads)
+    assert chunks[0] == 0 and chunks[-1] == items
+    assert np.all(np.diff(chunks) >= 0)
+    assert np.all((chunks % jit.TILE == 0) | (chunks == items))
+    assert len(chunks) > threads
 
 
 def test_any_number_of_threads_gives_the_same_result():
