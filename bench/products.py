@@ -71,7 +71,7 @@ def work(items: int, D: int, m: int) -> tuple[np.ndarray, np.ndarray, jit.Output
 def contenders(items: int, D: int, m: int) -> dict[str, tuple[Callable[[], None], float]]:
     """What is timed: name -> (a call, its operations in GFLOP)."""
     W, ms, out = work(items, D, m)
-    n, lanes, product = len(out.S), jit._lanes(FLOAT), 2e-9 * items * D * m
+    n, lanes, product = len(out.total), jit._lanes(FLOAT), 2e-9 * items * D * m
     repeat = max(1, int(10 / product))
 
     def passes(old: int, move: bool, m: int) -> Callable[[], None]:
