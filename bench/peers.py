@@ -435,10 +435,10 @@ def show(row: dict) -> None:
     columns = f"{'events/s':>10}{'times':>8}  {'(range)':16}{'peak GB':>8}{'s an epoch':>12}"
     click.echo(f"\n{row['case']}\n{'':40}{columns}")
     for name, result in found.items():
-        if name in FLOORS["gpu"]:
-            continue
         if "failed" in result or "failed" in mine:
             click.echo(f"  {name:38}{'failed: ' + result.get('failed', 'see crnn_np')}")
+            continue
+        if name in FLOORS["gpu"]:
             continue
         ratios = [a / b for a, b in zip(mine["rates"], result["rates"], strict=True)]
         spread = f"({min(ratios):.1f} to {max(ratios):.1f})"
