@@ -1132,6 +1132,7 @@ class Output(NamedTuple):
     dW_out: Array  # [I, D], where a window has more than one block
     chunks: Array  # i64[chunks + 1], of `_chunks`
     taken: Array  # i64[8 (threads + 1)], how often all asked for one; from 8 on what p saw of it
+    ahead: Array  # i64[threads, 8], [p, 0]: thread p has updated its tiles up to this item
     # Of a tile, for bfloat16 products:
     W_rows: Array  # u16[threads, TILE, D rounded up], W_out
     W_pairs: Array  # u32[threads, TILE / 2, D], W_out with two items to a word
@@ -1209,6 +1210,7 @@ def _output_work(
         ((items if store else 0, D), dtype),
         ((len(chunks),), np.int64),
         ((8 * (n + 1),), np.int64),
+        ((n, 8), np.int64),
         ((n, TILE if half else 0, D_even), np.uint16),
         ((n, TILE // 2 if half else 0, D), word),
         ((n, TILE // 2 if half else 0, ld), word),
@@ -1442,17 +1444,27 @@ def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
     sets dW_out, otherwise it is added to; with `move` RMSprop moves W_out. m events (padded) of
     this block, 0 for no logits. rule = (learning_rate, rho, 1 - rho, eps).
     """
-    c, chunks, before = p, out.chunks.size - 1, out.taken[8 * (p + 1)]
+    c, chunks, before, ahead = p, out.chunks.size - 1, out.taken[8 * (p + 1)], out.ahead[p, 0]
     while c < chunks:
         if m:
             out.S[c, :] = 0
             out.U[c, :] = 0
         end = out.chunks[c + 1]
         for lo in range(out.chunks[c], end, TILE):
-            rows = min(TILE, end - lo)
-            _tile(p, c, lo, rows, W_out, ms, lanes, old, first, move, m, out, rule)
+            rows, due = min(TILE, end - lo), NO_UPDATE if lo < ahead else old
+            _tile(p, c, lo, rows, W_out, ms, lanes, due, first, move, m, out, rule)
         c = n + _add(out.taken, 0, 1) - before
-    out.taken[8 * (p + 1)] = before + chunks
+    out.taken[8 * (p + 1)], out.ahead[p, 0] = before + chunks, 0
+
+
+@serial
+def _update_ahead(p, gate, busy, W_out, ms, lanes, old, first, move, out, rule):
+    """`_tiles` of thread p, as far as the update, until `busy` threads are at the gate."""
+    lo, end = max(out.ahead[p, 0], out.chunks[p]), out.chunks[p + 1]
+    while lo < end and _read(gate, ARRIVED) < busy:
+        _tile(p, p, lo, min(TILE, end - lo), W_out, ms, lanes, old, first, move, ZERO, out, rule)
+        lo += TILE
+    out.ahead[p, 0] = lo
 
 
 @serial
@@ -2383,6 +2395,8 @@ def _train(
             if mix is not None:
                 at = indptr[user[b]] + run.start[k, b]
                 _mix_window_forward(b, length[b], B, user[b], at, start_out, drop_out, work, mix)
+        if p >= B and old >= 0:
+            _update_ahead(p, gate, B, W_out, ms.W_out, lanes, old, first, move, out, rule)
         _meet(n, gate)
 
         blocks = max((N + block - 1) // block, 1)
@@ -2429,6 +2443,8 @@ def _train(
                 kind, T, b, cell, work.dH[b], W, work.W_T[p], work.event[b], work.carry[b],
                 work.ds[b], work.dA[b], lanes,
             )  # fmt: skip
+        if p >= B:
+            _update_ahead(p, gate, B, W_out, ms.W_out, lanes, old, first, move, out, rule)
         _meet(n, gate)
         _move_recurrent(p, n, kind, T, user, length, lanes, W_h, ms.W_h, rule, work)
         if mix is not None:
