@@ -11,8 +11,8 @@ event n of a block E[i, n] = exp(logit of item i). One pass over the tiles does,
 with G = H / S and S taken off E at the targets in between. So the update of one window shares its
 pass with the logits of the next: E is read and written once a block, while the tile is in the
 second-level cache, and the next tile's E is fetched during the first product. The last update of a
-run has a pass of its own. E, S and U of a thread's tiles are its own, and so are those rows of
-W_out: a thread owns the same stretch of items throughout.
+run has a pass of its own. Tiles come in chunks, with S and U of their own: a long one for each
+thread, then short ones for whoever is free.
 
 There is no pass for the largest logit: exp is scale-free as long as the sums neither overflow nor
 vanish. Where one does, the block is done again with the largest logit of each event as a shift.
@@ -29,7 +29,7 @@ and, of the tile alone, with items by twos for W_out^T E; W_out is rounded both 
 Threads are Python's: each runs the same compiled function without the interpreter's lock, its share
 given by its number, and they meet at `_meet`, which spins for a while and then naps: where another
 process has the core of the thread that is waited for, spinning on would keep that thread waiting.
-Which thread sums what depends on the number of threads alone: the bytes of a result repeat.
+What is summed together depends on the number of threads alone: the bytes of a result repeat.
 
 Kernels of the recurrent network live in this file alone, since Numba's disk cache watches no other.
 """
@@ -1140,7 +1140,7 @@ class Output(NamedTuple):
 
 
 LINE = 64  # bytes
-APART = 32  # rows between two threads' sums: a prefetcher runs past the end of one
+APART = 32  # rows between the sums of two chunks: faster, it seems by what a core prefetches
 
 
 def _block_width(D: int) -> int:
