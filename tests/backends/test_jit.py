@@ -88,7 +88,7 @@ def test_a_second_process_finds_the_compiled_code_on_disk(tmp_path):
 @pytest.mark.parametrize("threads", [1, 2, 5, 64])
 def test_chunks_are_whole_tiles_and_all_of_them(items, threads):
     chunks = jit._chunks(items, threads)
-    assert chunks[0] == 0 and chunks[-1] == items
+    assert (chunks[0], chunks[-1]) == (0, items)
     assert np.all(np.diff(chunks) >= 0)
     assert np.all((chunks % jit.TILE == 0) | (chunks == items))
     assert len(chunks) > threads
