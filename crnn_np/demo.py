@@ -211,8 +211,7 @@ def demo(out: Path, quick: bool) -> None:
         f"drawn from a known C-GRU, D = {D}"
     )
     click.echo(f"{title}; {heldout.n_events:,} held out")
-    click.echo("Compiling, about a minute the first time ...", nl=False)
-    click.echo(f" {compile_kernels():.1f} s\n")
+    click.echo(f"kernels ready after {compile_kernels():.1f} s\n")
     click.echo(header())
     results = []
     for result in compare(drawn, models(quick), _bar()):
