@@ -1469,25 +1469,23 @@ def _update_ahead(p, gate, busy, W_out, ms, lanes, old, first, move, out, rule):
 
 @serial
 def _largest_scores(p, n, W_out, m, lanes, out):
-    """The largest score of each event on thread p's tiles, in units of log 2, in S."""
-    ld, scores = out.HT.shape[1], out.tile[p]
-    for c in range(p, out.chunks.size - 1, n):
-        top = out.S[c]
-        top[:] = -np.inf
-        end = out.chunks[c + 1]
-        for lo in range(out.chunks[c], end, TILE):
-            rows = min(TILE, end - lo)
-            _pack(p, W_out, lo, rows, out)
-            _tile_scores(p, W_out, lo, rows, m, lanes, out)
-            for i in range(rows):
-                e = scores[i * ld : i * ld + m]
-                for j in range(m):
-                    top[j] = max(top[j], e[j])
+    """The largest score of each event on a share of the tiles, in units of log 2, in S[p]."""
+    ld, scores, top = out.HT.shape[1], out.tile[p], out.S[p]
+    top[:] = -np.inf
+    begin, end = _share(p, n, W_out.shape[0], TILE)
+    for lo in range(begin, end, TILE):
+        rows = min(TILE, end - lo)
+        _pack(p, W_out, lo, rows, out)
+        _tile_scores(p, W_out, lo, rows, m, lanes, out)
+        for i in range(rows):
+            e = scores[i * ld : i * ld + m]
+            for j in range(m):
+                top[j] = max(top[j], e[j])
 
 
 @serial
 def _shifted_tiles(p, n, W_out, m, lanes, out):
-    """E = 2 ** (score - shift) on thread p's tiles, and S and U."""
+    """E = 2 ** (score - shift) on every n-th chunk, and its S and U."""
     ld, scores, shift = out.HT.shape[1], out.tile[p], out.shift[p]
     W, ln2 = W_out.reshape(-1), W_out.dtype.type(math.log(2))
     for c in range(p, out.chunks.size - 1, n):
@@ -1517,12 +1515,12 @@ def _load_states(H, first, last, factor, out):
 
 
 @serial
-def _maxima(p, m, out):
-    """The largest of S over all threads, in thread p's shift."""
+def _maxima(p, n, m, out):
+    """The largest of the threads' rows of S, in thread p's shift."""
     top = out.shift[p]
     for j in range(m):
         top[j] = out.S[0, j]
-    for q in range(1, out.S.shape[0]):
+    for q in range(1, n):
         for j in range(m):
             top[j] = max(top[j], out.S[q, j])
 
@@ -1564,7 +1562,7 @@ def _softmax(
         _meet(n, gate)
         _largest_scores(p, n, W_out, m, lanes, out)
         _meet(n, gate)
-        _maxima(p, m, out)
+        _maxima(p, n, m, out)
         _meet(n, gate)
         _shifted_tiles(p, n, W_out, m, lanes, out)
         _meet(n, gate)
@@ -1684,7 +1682,7 @@ def _score_block(p, n, gate, H, W_out, y, lanes, limits, out, target, some, sums
     for j in range(N):
         safe = safe and limits[0] < sums[:, j].sum() < limits[1]
     if not safe:
-        _maxima(p, m, out)
+        _maxima(p, n, m, out)
         _meet(n, gate)
         _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
         _meet(n, gate)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
@@ -277,3 +278,34 @@ def test_a_user_alone_shares_nothing(W_in_rows):
         *_, last = training.epochs(spec, rule, plan, log, params=params)
         ends.append([block.tobytes() for block in (*last.params, *last.accumulators)])
     assert ends[0] == ends[1]
+
+
+@numba.njit
+def run_pass(early, gate, W_out, ms, lanes, old, m, out, rule):
+    """How far a single thread had updated before the pass, and after it."""
+    if early:
+        jit._update_ahead(0, gate, 1, W_out, ms, lanes, old, True, True, out, rule)
+    come = out.ahead[0, 0]
+    jit._tiles(0, 1, W_out, ms, lanes, old, True, True, m, out, rule)
+    return come, out.ahead[0, 0]
+
+
+def test_tiles_updated_ahead_are_not_updated_again(monkeypatch):
+    dtype, items, D, m = np.dtype(np.float32), 5 * jit.TILE - 7, 9, 32
+    rule = tuple(np.float32(x) for x in (0.01, 0.9, 0.1, 1e-8))
+    monkeypatch.setattr(numba, "get_num_threads", lambda: 1)
+    found = []
+    for early in False, True:
+        rng = np.random.default_rng(0)
+        out = jit._output_work(m, items, D, dtype)
+        W_out, ms = (rng.random((items, D)).astype(dtype) for _ in range(2))
+        before = W_out.copy()
+        for block in out.E, out.G, out.HT:
+            block[:] = rng.random(block.shape)
+        gate = np.zeros(16, np.int64)
+        come = run_pass(early, gate, W_out, ms, jit._lanes(dtype), m, m, out, rule)
+        assert come == (5 * jit.TILE if early else 0, 0)
+        assert np.all(W_out != before)
+        found.append((W_out, ms, out.E[:, :m], out.S, out.U))
+    for plain, early in zip(*found, strict=True):
+        np.testing.assert_array_equal(early, plain)
