@@ -174,23 +174,6 @@ def _exp_of(x):
     return lambda x: math.exp(x)
 
 
-def _tanh(x):
-    raise RuntimeError("compiled code only")
-
-
-@overload(_tanh, inline="always")
-def _tanh_of(x):
-    if x == types.float32:
-        return lambda x: f32(1) - f32(2) / (_exp32(x + x) + f32(1))
-    return lambda x: math.tanh(x)
-
-
-@exact
-def _sigmoid(x):
-    one = type(x)(1)
-    return one / (one + _exp(-x))
-
-
 @serial
 def _mix(z):
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -323,13 +306,13 @@ def _share(p, n, count, unit):
 
 # ---------------------------------------------------------------- matrix product
 
-_features = (
-    cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-)  # what Numba compiles for
+# What Numba compiles for
+_triple, _, _features = cpu_target.target_context.codegen().magic_tuple()
+_features = _features.split(",")
 AVX512 = "+avx512f" in _features
 VECTOR_BYTES = 64 if AVX512 else 32 if "+avx2" in _features else 16
 HALF = AVX512 and "+avx512bf16" in _features  # products of pairs of bfloat16
-ROWS = 8 if AVX512 or "+neon" in _features else 6  # 32 vector registers, else 16
+ROWS = 8 if AVX512 or _triple.startswith(("aarch64", "arm64")) else 6  # 32 registers, else 16
 
 LOG2_E = 1 / math.log(2)
 EXP2 = {  # coefficients of 2^x, -1/2 <= x <= 1/2, but for the constant 1
@@ -880,6 +863,46 @@ def _row_product(N, K, lanes, a, ao, B, bo, bks, c, co):
         n += nv * lanes
 
 
+@intrinsic(prefer_literal=True)
+def _activate_block(context, sigmoid, whole, array, at, left):
+    """`_activate` of one vector; with `whole` 0 of its first `left` elements. Literals 0 or 1."""
+    is_sigmoid, n_vectors = sigmoid.literal_value, whole.literal_value
+
+    def codegen(context, builder, signature, args):
+        data, first, rest = args[2:]
+        block = Registers(context, builder, array, 1, n_vectors, rest)
+        [cell] = block.cells(array, data, first, n_ir(0))
+
+        def constant(value):
+            number = np.float32(value) if block.bits == 32 else value
+            return ir.Constant(block.vector, [float(number)] * block.lanes)
+
+        x = builder.fmul(block.load(cell), constant(-LOG2_E if is_sigmoid else 2 * LOG2_E))
+        one = constant(1)
+        below = builder.fadd(_vector_exp2(builder, x, block.bits, block.lanes), one)
+        y = builder.fdiv(one if is_sigmoid else constant(2), below)
+        block.store(y if is_sigmoid else builder.fsub(one, y), cell)
+        return context.get_dummy_value()
+
+    return types.none(sigmoid, whole, array, n_, n_), codegen
+
+
+@exact
+def _activate(sigmoid, a, ao, N, lanes):
+    """The logistic function, or tanh, of a[ao : ao + N] in place."""
+    for j in range(ao, ao + N, lanes):
+        left = ao + N - j
+        if sigmoid:
+            if left >= lanes:
+                _activate_block(1, 1, a, j, 0)
+            else:
+                _activate_block(1, 0, a, j, left)
+        elif left >= lanes:
+            _activate_block(0, 1, a, j, 0)
+        else:
+            _activate_block(0, 0, a, j, left)
+
+
 # ---------------------------------------------------------------- cells, one column of a window
 
 
@@ -909,8 +932,8 @@ def _tanh_forward(T, states, before, gates, W, event, carry, init, lanes):
             _copy(states[t + 1], before[t])
             continue
         _row_product(D, D, lanes, h, t * D, w, ZERO, D, a, t * D)
-        for j in range(D):
-            states[t + 1, j] = _tanh(gates[t, j])
+        _activate(NO, a, t * D, D, lanes)
+        _copy(states[t + 1], gates[t])
 
 
 @serial
@@ -944,17 +967,11 @@ def _gru_forward(sigmoid, T, states, before, reset, gates, W, event, carry, init
             reset[t] = 0
             continue
         _row_product(2 * D, D, lanes, h, t * D, w, ZERO, 3 * D, a, t * 3 * D)
-        for j in range(2 * D):
-            gates[t, j] = _sigmoid(gates[t, j])
+        _activate(YES, a, t * 3 * D, 2 * D, lanes)
         for j in range(D):
             reset[t, j] = gates[t, D + j] * before[t, j]
         _row_product(D, D, lanes, rh, t * D, w, 2 * D, 3 * D, a, t * 3 * D + 2 * D)
-        if sigmoid:
-            for j in range(2 * D, 3 * D):
-                gates[t, j] = _sigmoid(gates[t, j])
-        else:
-            for j in range(2 * D, 3 * D):
-                gates[t, j] = _tanh(gates[t, j])
+        _activate(sigmoid, a, (t * 3 + 2) * D, D, lanes)
         for j in range(D):
             z, new = gates[t, j], gates[t, 2 * D + j]
             states[t + 1, j] = before[t, j] + z * (new - before[t, j])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+import scipy
 
 import crnn_np
 from crnn_np import model, training
@@ -225,6 +226,20 @@ def test_exp32():
     assert jit._exp32(np.float32(-1e30)) == jit._exp32(np.float32(-87))
     assert np.isfinite(jit._exp32(np.float32(1e30)))
     assert np.isnan(jit._exp32(np.float32("nan")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1, 5, 16, 37])
+def test_activations(size, dtype):
+    """Within rounding; whole vectors and the rest of one, nothing beside them."""
+    x = np.resize([0, -0.3, 3, -1e-3, 20, -88, 1e4, -1e4, np.inf, -np.inf, np.nan], size + 2)
+    lanes, unit = jit._lanes(dtype), np.finfo(dtype).eps
+    for sigmoid, exact in (True, scipy.special.expit), (False, np.tanh):
+        found = x.astype(dtype)
+        jit._activate(sigmoid, found, 1, size, lanes)
+        np.testing.assert_array_equal(found[[0, -1]], x.astype(dtype)[[0, -1]])
+        expected = exact(x[1:-1].astype(dtype).astype(float))
+        np.testing.assert_allclose(found[1:-1], expected, rtol=0, atol=2 * unit)
 
 
 # Work arrays
