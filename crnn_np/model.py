@@ -59,8 +59,8 @@ class Spec:
         Of all parameters and work arrays.
     products : {"full", "bfloat16", "tf32"}
         Factors of the output layer's matrix products in training, with sums in float32: as they
-        are; rounded to 8 bits, twice as fast where the processor multiplies bfloat16 (backend
-        numba); or rounded to 11 bits for the tensor cores of a GPU (backend cupy).
+        are; rounded to 8 bits, for processors that multiply bfloat16 (AMX, AMD's AVX512_BF16;
+        backend numba); or rounded to 11 bits for the tensor cores of a GPU (backend cupy).
     """
 
     hidden_size: int = 32

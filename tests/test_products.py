@@ -17,6 +17,7 @@ from crnn_np.optim import Rule
 from crnn_np.windows import Plan, epoch_slices
 
 can = pytest.mark.skipif(not jit.HALF, reason="this processor cannot multiply bfloat16")
+needs_amx = pytest.mark.skipif(not jit.AMX, reason="this processor has no AMX")
 
 # Of a block's norm; measured: 1e-6, against 2e-3 and more for rounding to bfloat16, 1e-5 for TF32.
 NEAR = 2e-6
@@ -116,9 +117,11 @@ def difference(found, expected):
 
 
 @can
+@pytest.mark.parametrize("amx", [False, pytest.param(True, marks=needs_amx)])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_fused_run_rounds_the_factors_and_nothing_else(size, threads):
+def test_the_fused_run_rounds_the_factors_and_nothing_else(size, threads, amx, monkeypatch):
+    monkeypatch.setattr(jit, "AMX", amx)
     n_items, D, T, B, lengths = SIZES[size]
     if threads > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("Numba was started with fewer threads")
@@ -205,6 +208,15 @@ def test_only_a_fused_run_has_them(products, name, clip, advice, monkeypatch):
     for wrong in (asked.fit, asked.estimate):
         with pytest.raises(SettingsError, match=f"is '{products}', .* set products to {advice}"):
             wrong(small_log())
+
+
+def test_a_kernel_that_does_not_give_the_registers_of_amx(monkeypatch):
+    denied = SimpleNamespace(syscall=lambda *numbers: -1)
+    monkeypatch.setattr(jit.ctypes, "CDLL", lambda name: denied)
+    assert not jit._may_use_amx()
+    monkeypatch.setattr(jit.sys, "platform", "darwin")
+    monkeypatch.setattr(jit.ctypes, "CDLL", None)
+    assert not jit._may_use_amx()
 
 
 def test_a_processor_that_cannot(monkeypatch):

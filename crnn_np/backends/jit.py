@@ -25,6 +25,9 @@ processor's. No BLAS is called, so no second kind of threads competes.
 With ``products="bfloat16"`` the same blocks multiply words of two bfloat16 and add both products to
 a float32 sum. What a product sums over then lies by twos: E is stored with events by twos for E G,
 and, of the tile alone, with items by twos for W_out^T E; W_out is rounded both ways tile by tile.
+Where the processor has AMX, its registers of 16 rows by 64 bytes take the place of those blocks: it
+multiplies the next block while vectors make exponentials of the sums of the last one. All sizes are
+padded to `SIDE`.
 
 Threads are Python's: each runs the same compiled function without the interpreter's lock, its share
 given by its number, and they meet at `_meet`, which spins for a while and then naps: where another
@@ -34,9 +37,12 @@ What is summed together depends on the number of threads alone: the bytes of a r
 Kernels of the recurrent network live in this file alone, since Numba's disk cache watches no other.
 """
 
+import ctypes
 import logging
 import math
 import os
+import platform
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -199,14 +205,6 @@ def _copy(to, values):
         to[j] = values[j]
 
 
-@serial
-def _rmsprop(w, ms, g, learning_rate, rho, rest, eps):
-    """One step of `optim.rmsprop` on vectors; rest = 1 - rho."""
-    for j in range(w.size):
-        ms[j] = rho * ms[j] + rest * g[j] * g[j]
-        w[j] -= learning_rate * g[j] / math.sqrt(ms[j] + eps)
-
-
 # ---------------------------------------------------------------- threads
 
 
@@ -309,9 +307,20 @@ def _share(p, n, count, unit):
 # What Numba compiles for
 _triple, _, _features = cpu_target.target_context.codegen().magic_tuple()
 _features = _features.split(",")
-AVX512 = "+avx512f" in _features
+AVX512 = {"+avx512f", "+avx512dq"} <= set(_features)
 VECTOR_BYTES = 64 if AVX512 else 32 if "+avx2" in _features else 16
 HALF = AVX512 and "+avx512bf16" in _features  # products of pairs of bfloat16
+
+
+def _may_use_amx() -> bool:
+    """Ask the kernel for the registers of AMX, which it gives only to those who ask."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, req_xcomp_perm, xtiledata = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, req_xcomp_perm, xtiledata) == 0
+
+
+AMX = HALF and "+amx-bf16" in _features and _may_use_amx()
 ROWS = 8 if AVX512 or _triple.startswith(("aarch64", "arm64")) else 6  # 32 registers, else 16
 
 LOG2_E = 1 / math.log(2)
@@ -326,7 +335,7 @@ EXP2 = {  # coefficients of 2^x, -1/2 <= x <= 1/2, but for the constant 1
     64: tuple(math.log(2) ** n / math.factorial(n) for n in range(1, 14)),
 }
 ROOTS = (2.0 ** (np.arange(32) / 32)).astype(np.float32)  # 2^(j / 32)
-SLOPES = 0.69315756, 0.24023568  # of 2^x, -1/64 <= x <= 1/64, relative error 5e-8
+SLOPES = 0.69312373, 0.24265256  # of 2^x, 0 <= x < 1/32, relative error 7e-8
 TURN = 1.5 * 2**18  # the last bit of the float32 numbers near it is 1 / 32
 
 
@@ -344,8 +353,9 @@ def _function(builder, name, result, *arguments):
 def _vector_exp2(builder, x, bits, lanes):
     """2^x of a vector, as LLVM: x = k + r with k whole; saturates, keeps NaN.
 
-    With AVX-512 k is a multiple of 1 / 32, and 2^k but for its whole part is looked up in a table
-    in two registers: that spares two of five fused multiply-adds.
+    With AVX-512 x = k + j / 32 + r, rounded down, and 2^(j / 32) is looked up in a table in two
+    registers, which spares two of five fused multiply-adds; the processor has instructions for r
+    and for the scaling by 2^k, and takes k from x.
     """
     real = ir.FloatType() if bits == 32 else ir.DoubleType()
     whole = ir.IntType(bits)
@@ -370,17 +380,18 @@ def _vector_exp2(builder, x, bits, lanes):
             builder, "x86.avx512.mask.scalef.ps.512", vector, vector, vector, vector, mask, mode
         )
         pick = _function(builder, "x86.avx512.vpermi2var.ps.512", vector, vector, integers, vector)
-        turn = _function(
-            builder, "x86.avx512.mask.rndscale.ps.512", vector, vector, mode, vector, mask, mode
+        reduce = _function(
+            builder, "x86.avx512.mask.reduce.ps.512", vector, vector, mode, vector, mask, mode
         )
-        k = builder.call(turn, [x, mode(5 << 4), constant(0.0), mask(-1), mode(4)])
-        r = builder.fsub(x, k)
-        turned = builder.fadd(k, constant(TURN))
+        add = _function(builder, "x86.avx512.add.ps.512", vector, vector, vector, mode)
+        quiet, down, as_it_is, none = 8, 1, mode(4), constant(0.0)
+        r = builder.call(reduce, [x, mode(5 << 4 | quiet | down), none, mask(-1), as_it_is])
+        turned = builder.call(add, [x, constant(TURN), mode(quiet | down)])
         low, high = (ir.Constant(vector, list(map(float, half))) for half in np.split(ROOTS, 2))
         root = builder.call(pick, [low, builder.bitcast(turned, integers), high])
         slope = builder.call(fma, [r, constant(SLOPES[1]), constant(SLOPES[0])])
         p = builder.call(fma, [builder.fmul(r, root), slope, root])
-        return builder.call(scalef, [p, k, constant(0.0), mask(-1), mode(4)])
+        return builder.call(scalef, [p, x, none, mask(-1), as_it_is])
     low, high = constant(1.0 - bias), constant(bias + 0.4)
     x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
     x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
@@ -573,11 +584,12 @@ def _emit_rmsprop(block, new, W, ms, wo, wrs, learning_rate, rho, rest, eps):
     places = block.cells(*W, wo, wrs), block.cells(*ms, wo, wrs)
     for g, w_at, ms_at in zip(new, *places, strict=True):
         square = builder.fmul(builder.fmul(rest, g, fast), g, fast)
-        mean = builder.fadd(builder.fmul(rho, block.load(ms_at), fast), square, fast)
-        block.store(mean, ms_at)
+        w, mean = block.load(w_at), builder.fmul(rho, block.load(ms_at), fast)
+        mean = builder.fadd(mean, square, fast)
         scale = builder.call(root, [builder.fadd(mean, eps, fast)], fastmath=fast)
         step = builder.fdiv(builder.fmul(learning_rate, g, fast), scale, fast)
-        block.store(builder.fsub(block.load(w_at), step, fast), w_at)
+        block.store(mean, ms_at)  # after the load of w, which may lie 4096 n bytes away
+        block.store(builder.fsub(w, step, fast), w_at)
 
 
 @intrinsic(prefer_literal=True)
@@ -610,10 +622,7 @@ def _move_block(
     context, rows, vectors, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, W, ms,
     wo, rule
 ):  # fmt: skip
-    """`_rmsprop` on W[wo + i crs + v] by what `_block` along K would write to C, which it does not.
-
-    rule = (learning_rate, rho, 1 - rho, eps).
-    """
+    """`_rmsprop` on W[wo + i crs + v] by what `_block` along K would write to C, and does not."""
     size = rows.literal_value, vectors.literal_value
 
     def codegen(context, builder, signature, args):
@@ -668,6 +677,33 @@ def _exp_half_block(
 
     arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, S, n_, Q, n_, n_)
     return types.none(rows, vectors, *arrays), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _rmsprop_block(context, whole, w, ms, g, at, left, rule):
+    """`_rmsprop` of one vector; with `whole` (literal) 0 of its first `left` elements."""
+    n_vectors = whole.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, w_, ms_, g_, at_, left_, rule_ = args
+        block = Registers(context, builder, w, 1, n_vectors, left_)
+        [cell] = block.cells(g, g_, at_, n_ir(0))
+        numbers = cgutils.unpack_tuple(builder, rule_)
+        _emit_rmsprop(block, [block.load(cell)], (w, w_), (ms, ms_), at_, n_ir(0), *numbers)
+        return context.get_dummy_value()
+
+    return types.none(whole, w, ms, g, n_, n_, rule), codegen
+
+
+@serial
+def _rmsprop(w, ms, g, rule):
+    """One step of `optim.rmsprop` on vectors; rule = (learning_rate, rho, 1 - rho, eps)."""
+    lanes, n = VECTOR_BYTES // w.itemsize, w.size
+    for j in range(0, n, lanes):
+        if n - j >= lanes:
+            _rmsprop_block(1, w, ms, g, j, 0, rule)
+        else:
+            _rmsprop_block(0, w, ms, g, j, n - j, rule)
 
 
 @serial
@@ -903,6 +939,332 @@ def _activate(sigmoid, a, ao, N, lanes):
             _activate_block(0, 0, a, j, left)
 
 
+# ---------------------------------------------------------------- products with AMX
+
+SIDE = 32  # sums of a block by AMX, both ways: four of its registers; all sizes are padded to it
+
+
+class _BFloat(ir.Type):
+    """LLVM's type for bfloat16, which llvmlite does not have."""
+
+    def __str__(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat)
+
+    def __hash__(self):
+        return hash(_BFloat)
+
+
+i8_, i16_, i32_ = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+floats_ = ir.VectorType(ir.FloatType(), 16)
+words_ = ir.VectorType(i32_, 16)
+halves_ = ir.VectorType(i16_, 32)
+
+
+def _amx(builder, name, *arguments):
+    kinds = [a.type for a in arguments]
+    builder.call(_function(builder, f"x86.{name}", ir.VoidType(), *kinds), arguments)
+
+
+def _bytes_at(context, builder, kind, array, offset=0, size=4):
+    """A pointer to bytes: into an array, `offset` elements of `size` bytes from its begin."""
+    data = context.make_array(kind)(context, builder, array).data
+    data = builder.bitcast(data, i8_.as_pointer())
+    return data if isinstance(offset, int) else builder.gep(data, [builder.mul(offset, n_ir(size))])
+
+
+def _beside(builder, p, n_bytes):
+    by = n_bytes if isinstance(n_bytes, ir.Value) else n_ir(n_bytes)
+    return builder.gep(p, [by])
+
+
+def _as(builder, p, kind):
+    return builder.bitcast(p, kind.as_pointer())
+
+
+@intrinsic
+def _amx_configure(context, shapes):
+    """Give this thread the registers that `shapes` describes, until `_amx_release`."""
+
+    def codegen(context, builder, signature, args):
+        _amx(builder, "ldtilecfg", _bytes_at(context, builder, signature.args[0], args[0]))
+        return context.get_dummy_value()
+
+    return types.none(shapes), codegen
+
+
+@intrinsic
+def _amx_release(context):
+    def codegen(context, builder, signature, args):
+        _amx(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+def _emit_fetch(builder, p, lines):
+    """Ask for so many cache lines from p on, into the second-level cache; returns their end."""
+    kinds = p.type, i32_, i32_, i32_
+    fetch = _function(builder, "prefetch.p0", ir.VoidType(), *kinds)
+    before, loop = builder.block, builder.append_basic_block("fetch")
+    done = builder.append_basic_block("fetched")
+    end = _beside(builder, p, builder.mul(lines, n_ir(LINE)))
+    builder.cbranch(builder.icmp_signed(">", lines, n_ir(0)), loop, done)
+    builder.position_at_end(loop)
+    at = builder.phi(p.type)
+    builder.call(fetch, [at, i32_(0), i32_(2), i32_(1)])
+    after = _beside(builder, at, LINE)
+    at.add_incoming(p, before)
+    at.add_incoming(after, loop)
+    builder.cbranch(builder.icmp_unsigned("<", after, end), loop, done)
+    builder.position_at_end(done)
+    return end
+
+
+def _amx_corners(context, builder, C, C_, co_, crs_):
+    """Pointers to the four quarters of a block, and the distance between its rows in bytes."""
+    c, crs_ = _bytes_at(context, builder, C, C_, co_), builder.mul(crs_, n_ir(4))
+    below = _beside(builder, c, builder.mul(crs_, n_ir(SIDE // 2)))
+    return [c, _beside(builder, c, 64), below, _beside(builder, below, 64)], crs_
+
+
+@intrinsic
+def _amx_store(context, C, co, crs):
+    """C = the sums of `_amx_sum`."""
+
+    def codegen(context, builder, signature, args):
+        corners, crs_ = _amx_corners(context, builder, C, *args)
+        for register, corner in enumerate(corners):
+            _amx(builder, "tilestored64", i8_(register), corner, crs_)
+        return context.get_dummy_value()
+
+    return types.none(C, n_, n_), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _amx_sum(context, add, A, ao, ars, B, bo, brs, C, co, crs, K, P, po, lines):
+    """In the registers A B, with `add` (literal) 1 C + A B, with 2 what they hold + A B.
+
+    All in words of 32 bits. From their offsets on: A is [SIDE, K] and B [K, SIDE] words of two
+    bfloat16, what is summed over by twos, C [SIDE, SIDE] float32; rows ars, brs and crs words
+    apart. K is a multiple of 16. For every 16 of them so many lines of P are fetched, from word po
+    on.
+    """
+    begins_with = add.literal_value
+
+    def codegen(context, builder, signature, args):
+        add_, A_, ao_, ars_, B_, bo_, brs_, C_, co_, crs_, K_, P_, po_, lines_ = args
+        a = _bytes_at(context, builder, A, A_, ao_)
+        b, p = _bytes_at(context, builder, B, B_, bo_), _bytes_at(context, builder, P, P_, po_)
+        ars_, brs_ = (builder.mul(stride, n_ir(4)) for stride in (ars_, brs_))
+        a_below = builder.mul(ars_, n_ir(SIDE // 2))
+        corners, crs_ = _amx_corners(context, builder, C, C_, co_, crs_)
+        for register, corner in enumerate(corners):
+            if begins_with == 0:
+                _amx(builder, "tilezero", i8_(register))
+            elif begins_with == 1:
+                _amx(builder, "tileloadd64", i8_(register), corner, crs_)
+        entry, loop = builder.block, builder.append_basic_block("amx")
+        done = builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, at_a, at_b, at_p = builder.phi(n_ir), *(builder.phi(x.type) for x in (a, b, p))
+        _amx(builder, "tileloadd64", i8_(4), at_a, ars_)
+        _amx(builder, "tileloadd64", i8_(6), at_b, brs_)
+        _amx(builder, "tdpbf16ps", i8_(0), i8_(4), i8_(6))
+        _amx(builder, "tileloadd64", i8_(7), _beside(builder, at_b, 64), brs_)
+        _amx(builder, "tdpbf16ps", i8_(1), i8_(4), i8_(7))
+        _amx(builder, "tileloadd64", i8_(5), _beside(builder, at_a, a_below), ars_)
+        _amx(builder, "tdpbf16ps", i8_(2), i8_(5), i8_(6))
+        _amx(builder, "tdpbf16ps", i8_(3), i8_(5), i8_(7))
+        sixteen = n_ir(16)
+        moved = [
+            builder.sub(k, sixteen),
+            _beside(builder, at_a, 64),
+            _beside(builder, at_b, builder.mul(brs_, sixteen)),
+            _emit_fetch(builder, at_p, lines_),
+        ]
+        for phi, first, then in zip((k, at_a, at_b, at_p), (K_, a, b, p), moved, strict=True):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(then, builder.block)
+        builder.cbranch(builder.icmp_signed(">", moved[0], n_ir(0)), loop, done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    signature = types.none(add, A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_)
+    return signature, codegen
+
+
+def _narrow(builder, low, high):
+    """Two vectors of float32 as one of 32 bfloat16."""
+    pair = ir.VectorType(_BFloat(), 32)
+    convert = _function(builder, "x86.avx512bf16.cvtne2ps2bf16.512", pair, floats_, floats_)
+    return builder.bitcast(builder.call(convert, [high, low]), halves_)
+
+
+# Position q of 32 in a row is, with two rows to a word, at position BETWEEN[q]: so the processor
+# interleaves two rows, 8 bytes of each at a time.
+BETWEEN = [(q & 3) | (q >> 3) << 2 | (q & 4) << 2 for q in range(SIDE)]
+
+
+def _interleave(builder, above, below):
+    """Of two rows of 32 bfloat16: 32 words of one from each, in two vectors."""
+    for half in range(2):
+        picked = [q for q in range(SIDE) if BETWEEN[q] // 16 == half]
+        mask = [x for q in picked for x in (q, q + SIDE)]
+        indices = ir.Constant(ir.VectorType(i32_, SIDE), mask)
+        yield builder.bitcast(builder.shuffle_vector(above, below, indices), words_)
+
+
+@intrinsic(prefer_literal=True)
+def _amx_exp(context, odd, count, C, co, E, eo, ers, Q, qo, qrs, S, so, P, po, W, wo, lines):
+    """E = 2 ** C for `count` >= 1 pairs of rows of SIDE, and S[so:] += their sums over rows.
+
+    C is float32, its rows SIDE apart; E bfloat16, rows ers apart; Q words, rows qrs apart, with a
+    pair of rows to a row, in the order of `BETWEEN`. With `odd` (literal) the second row of a pair
+    is not there, and zeros are in its place in Q. For each pair two cache lines of P from byte po
+    on are fetched, and so many `lines` of W from word wo on.
+    """
+    is_odd = odd.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, count_, C_, co_, E_, eo_, ers_, Q_, qo_, qrs_, S_, so_, P_, po_, W_, wo_, lines_ = args
+        c = _bytes_at(context, builder, C, C_, co_)
+        e = _bytes_at(context, builder, E, E_, eo_, 2)
+        q = _bytes_at(context, builder, Q, Q_, qo_)
+        s = _bytes_at(context, builder, S, S_, so_)
+        p = _bytes_at(context, builder, P, P_, po_, 1)
+        w = _bytes_at(context, builder, W, W_, wo_)
+        below, step = builder.mul(ers_, n_ir(2)), builder.mul(qrs_, n_ir(4))
+        sums = [_as(builder, _beside(builder, s, 64 * v), floats_) for v in range(2)]
+        before = [builder.load(x, align=4) for x in sums]
+        entry, loop = builder.block, builder.append_basic_block("exp")
+        done = builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        left, totals = builder.phi(n_ir), [builder.phi(floats_) for _ in sums]
+        starts = c, e, q, p, w
+        moving = [builder.phi(x.type) for x in starts]
+        at_c, at_e, at_q, at_p, at_w = moving
+        next_p, next_w = _emit_fetch(builder, at_p, n_ir(2)), _emit_fetch(builder, at_w, lines_)
+        rows, new = [], list(totals)
+        for i in range(1 if is_odd else 2):
+            found = []
+            for v in range(2):
+                at = _as(builder, _beside(builder, at_c, 128 * i + 64 * v), floats_)
+                found.append(_vector_exp2(builder, builder.load(at, align=64), 32, 16))
+                new[v] = builder.fadd(new[v], found[v])
+            rows.append(_narrow(builder, *found))
+            at = at_e if i == 0 else _beside(builder, at_e, below)
+            builder.store(rows[i], _as(builder, at, halves_), align=2)
+        if is_odd:
+            rows.append(ir.Constant(halves_, [0] * SIDE))
+        for v, words in enumerate(_interleave(builder, *rows)):
+            builder.store(words, _as(builder, _beside(builder, at_q, 64 * v), words_), align=4)
+        next_left = builder.sub(left, n_ir(1))
+        by = 8 * SIDE, builder.mul(below, n_ir(2)), step
+        moved = [_beside(builder, x, n_bytes) for x, n_bytes in zip(moving[:3], by, strict=True)]
+        for phi, first, then in zip(
+            [left, *moving, *totals],
+            [count_, *starts, *before],
+            [next_left, *moved, next_p, next_w, *new],
+            strict=True,
+        ):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(then, builder.block)
+        builder.cbranch(builder.icmp_signed(">", next_left, n_ir(0)), loop, done)
+        builder.position_at_end(done)
+        for x, total in zip(sums, new, strict=True):
+            builder.store(total, x, align=4)
+        return context.get_dummy_value()
+
+    arrays = (C, n_, E, n_, n_, Q, n_, n_, S, n_, P, n_, W, n_, n_)
+    return types.none(odd, n_, *arrays), codegen
+
+
+def _transpose(builder, rows):
+    """16 vectors of 16 words, the first word of each first."""
+    for s in (1, 2, 4, 8):
+        above = [c - s + 16 if c & s else c for c in range(16)]
+        below = [c + 16 if c & s else c + s for c in range(16)]
+        masks = [ir.Constant(words_, mask) for mask in (above, below)]
+        new = list(rows)
+        for i in range(16):
+            if not i & s:
+                pair = rows[i], rows[i + s]
+                new[i], new[i + s] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+        rows = new
+    return rows
+
+
+@intrinsic
+def _amx_pack(context, W, wo, wrs, R, ro, rrs, T, to, trs):
+    """Rows of W in bfloat16, SIDE by SIDE of them from wo on, rows wrs apart.
+
+    To R (bfloat16, rows rrs apart) as they are, to T (words, rows trs apart) transposed, so that
+    there is a pair of W's rows to a word.
+    """
+
+    def codegen(context, builder, signature, args):
+        W_, wo_, wrs_, R_, ro_, rrs_, T_, to_, trs_ = args
+        w = _bytes_at(context, builder, W, W_, wo_)
+        r = _bytes_at(context, builder, R, R_, ro_, 2)
+        t = _bytes_at(context, builder, T, T_, to_)
+        halves = [], []
+        for i in range(0, SIDE, 2):
+            pair = []
+            for j in (i, i + 1):
+                at = builder.gep(w, [builder.mul(wrs_, n_ir(4 * j))])
+                found = [
+                    builder.load(_as(builder, _beside(builder, at, 64 * v), floats_), align=4)
+                    for v in range(2)
+                ]
+                pair.append(_narrow(builder, *found))
+                at = builder.gep(r, [builder.mul(rrs_, n_ir(2 * j))])
+                builder.store(pair[-1], _as(builder, at, halves_), align=2)
+            for rows, words in zip(halves, _interleave(builder, *pair), strict=True):
+                rows.append(words)
+        transposed = [row for rows in halves for row in _transpose(builder, rows)]
+        for q, place in enumerate(BETWEEN):
+            at = builder.gep(t, [builder.mul(trs_, n_ir(4 * q))])
+            builder.store(transposed[place], _as(builder, at, words_), align=4)
+        return context.get_dummy_value()
+
+    return types.none(W, n_, n_, R, n_, n_, T, n_, n_), codegen
+
+
+@serial
+def _between(j):
+    """`BETWEEN` in each stretch of SIDE columns."""
+    return (j & ~31) | (j & 3) | ((j >> 3) & 3) << 2 | (j & 4) << 2
+
+
+@serial
+def _padded(n):
+    return (n + SIDE - 1) // SIDE * SIDE
+
+
+@serial
+def _amx_product(add, M, N, K, A, ao, ars, B, bo, brs, C, co, crs, P, po, span):
+    """C = or += A B for M by N sums, both padded to SIDE.
+
+    Meanwhile `span` words of P from po on are fetched into the second-level cache.
+    """
+    steps = _padded(M) // SIDE * (_padded(N) // SIDE) * (K // 16)
+    lines = (span * 4 + steps * LINE - 1) // (steps * LINE)
+    for n in range(0, N, SIDE):
+        for i in range(0, M, SIDE):
+            a, c = ao + i * ars, co + i * crs + n
+            if add:
+                _amx_sum(1, A, a, ars, B, bo + n, brs, C, c, crs, K, P, po, lines)
+            else:
+                _amx_sum(0, A, a, ars, B, bo + n, brs, C, c, crs, K, P, po, lines)
+            _amx_store(C, c, crs)
+            po += K // 16 * lines * LINE // 4
+
+
 # ---------------------------------------------------------------- cells, one column of a window
 
 
@@ -1135,13 +1497,13 @@ class Output(NamedTuple):
 
     Rows of `ld` or `Dp` elements hold `width` or D of them (`_row_length`). With bfloat16 products
     HT is u16[D / 2, ld, 2], E u16[I, width and more], G u16[width / 2, Dp, 2]: what a product
-    sums over lies by twos, and an odd D is rounded up.
+    sums over lies by twos, and an odd D is rounded up. With AMX I, D and `width` are, to `SIDE`.
     """
 
     HT: Array  # [D, ld], H of the block transposed, times log2(e)
     E: Array  # [I, ld]
     S: Array  # [chunks, width]
-    U: Array  # [chunks, D + APART, ld]
+    U: Array  # [chunks, D rounded up + APART, ld]
     total: Array  # [threads, width], S over all chunks, for each thread
     shift: Array  # [threads, width], likewise
     G: Array  # [width, Dp]
@@ -1152,11 +1514,16 @@ class Output(NamedTuple):
     ahead: Array  # i64[threads, 8], [p, 0]: thread p has updated its tiles up to this item
     # Of a tile, for bfloat16 products:
     W_rows: Array  # u16[threads, TILE, D rounded up], W_out
-    W_pairs: Array  # u32[threads, TILE / 2, D], W_out with two items to a word
+    W_pairs: Array  # u32[threads, TILE / 2, D], W_out with two items to a word; transposed for AMX
     E_pairs: Array  # u32[threads, TILE / 2, ld], E with two items to a word
+    amx: Array | None  # u8[64], shapes of the registers of AMX; None without it
 
 
 LINE = 64  # bytes
+AMX_SHAPES = np.zeros(64, np.uint8)
+AMX_SHAPES[0] = 1  # the palette
+AMX_SHAPES[16:32:2] = 64  # bytes of a row
+AMX_SHAPES[48:56] = 16  # rows
 APART = 32  # rows between the sums of two chunks: faster, it seems by what a core prefetches
 
 
@@ -1206,39 +1573,41 @@ def _output_work(
     half: bool = False,
 ) -> Output:
     """For at most N events; `whole` for training, `store` to have dW_out, `half` for bfloat16."""
-    lanes = _lanes(dtype)
-    width = min(-(-max(N, 1) // lanes) * lanes, _block_width(D))
-    ld, Dp = _row_length(width, dtype), _row_length(D, dtype)
+    amx = half and AMX
+    unit = SIDE if amx else _lanes(dtype)
+    width = min(-(-max(N, 1) // unit) * unit, _block_width(D))
     n = numba.get_num_threads()
     store = N > width if store is None else store
     narrow, word = np.uint16 if half else dtype, np.uint32
-    D_even = D + D % 2
+    D_up = -(-D // SIDE) * SIDE if amx else D + D % 2
+    ld, Dp = _row_length(width, dtype), _row_length(D_up if amx else D, dtype)
+    rows = -(-items // SIDE) * SIDE if amx else items
     chunks = _chunks(items, n)
     sums = len(chunks) - 1 if whole else n
     shapes = (
-        ((D_even // 2, ld, 2) if half else (D, ld), narrow),
-        ((items if whole else 0, 2 * _row_length(width // 2, dtype) if half else ld), narrow),
+        ((D_up // 2, ld, 2) if half else (D, ld), narrow),
+        ((rows if whole else 0, 2 * _row_length(width // 2, dtype) if half else ld), narrow),
         ((sums, width), dtype),
-        ((sums, D + APART if whole else 0, ld), dtype),
+        ((sums, D_up + APART if whole else 0, ld), dtype),
         ((n, width), dtype),
         ((n, width), dtype),
         ((width // 2, Dp, 2) if half else (width, Dp), narrow),
-        ((n, TILE * max(D, ld)), dtype),
+        ((n, TILE * max(D_up, ld)), dtype),
         ((items if store else 0, D), dtype),
         ((len(chunks),), np.int64),
         ((8 * (n + 1),), np.int64),
         ((n, 8), np.int64),
-        ((n, TILE if half else 0, D_even), np.uint16),
-        ((n, TILE // 2 if half else 0, D), word),
+        ((n, TILE if half else 0, D_up), np.uint16),
+        ((n, D_up, TILE // 2) if amx else (n, TILE // 2 if half else 0, D), word),
         ((n, TILE // 2 if half else 0, ld), word),
     )
-    out = Output(*(_aligned(*shape) for shape in shapes))
+    out = Output(*(_aligned(*shape) for shape in shapes), amx=AMX_SHAPES if amx else None)
     out.chunks[:] = chunks
     return out
 
 
-# The steps of a tile and of an event in two versions, `full` for elements of the dtype and `half`
-# for words of two bfloat16. `_by_products` chooses by the type of `out`.
+# The steps of a tile and of an event in versions: `full` for elements of the dtype, `half` for
+# words of two bfloat16, `amx` for these with AMX. `_by_products` chooses by the type of `out`.
 
 
 def _load_full(H, j, d, factor, out):
@@ -1329,7 +1698,7 @@ def _sum_half(p, c, W_out, lo, rows, m, lanes, out, P, po, span):
     _product(ALONG_M, YES, D, m, K, lanes, W, ZERO, D, E, ZERO, ld, U, ZERO, ld, P, po, span)
 
 
-def _gradient_full(add, lo, rows, old, lanes, out, dW, at):
+def _gradient_full(p, add, lo, rows, old, lanes, out, dW, at):
     D, ld, Dp = out.HT.shape[0], out.E.shape[1], out.G.shape[1]
     E, G = out.E.reshape(-1), out.G.reshape(-1)
     after = (lo + rows) * ld
@@ -1339,7 +1708,7 @@ def _gradient_full(add, lo, rows, old, lanes, out, dW, at):
     )  # fmt: skip
 
 
-def _move_full(add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
+def _move_full(p, add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
     D, ld, Dp = out.HT.shape[0], out.E.shape[1], out.G.shape[1]
     E, G = out.E.reshape(-1), out.G.reshape(-1)
     after = (lo + rows) * ld
@@ -1349,7 +1718,7 @@ def _move_full(add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
     )  # fmt: skip
 
 
-def _move_half(add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
+def _move_half(p, add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
     D, ld, Dp = out.W_pairs.shape[2], out.E.shape[1] // 2, out.G.shape[1]
     E, G = out.E.reshape(-1), out.G.reshape(-1)
     after, K = (lo + rows) * ld, old // 2
@@ -1359,7 +1728,7 @@ def _move_half(add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
     )  # fmt: skip
 
 
-def _gradient_half(add, lo, rows, old, lanes, out, dW, at):
+def _gradient_half(p, add, lo, rows, old, lanes, out, dW, at):
     D, ld, Dp = out.W_pairs.shape[2], out.E.shape[1] // 2, out.G.shape[1]
     E, G = out.E.reshape(-1), out.G.reshape(-1)
     after, K = (lo + rows) * ld, old // 2
@@ -1403,8 +1772,156 @@ def _pad_half(j, out):
     out.G[j // 2, :, j % 2] = 0
 
 
-def _by_products(full: Callable, half: Callable) -> Callable:
-    """`full` or `half`, as the type of the argument `out` asks when the caller is compiled."""
+def _pack_amx(p, W_out, lo, rows, out):
+    """W_out of a tile in bfloat16, padded with zeros."""
+    W, R, T = W_out.reshape(-1), out.W_rows[p].reshape(-1), out.W_pairs[p].reshape(-1)
+    D, Dk, trs, some = W_out.shape[1], out.W_rows.shape[2], TILE // 2, out.tile[p]
+    for i in range(0, rows, SIDE):
+        for d in range(0, D, SIDE):
+            r, t, w = i * Dk + d, d * trs + i // 2, (lo + i) * D + d
+            if i + SIDE <= rows and d + SIDE <= D:
+                _amx_pack(W, w, D, R, r, Dk, T, t, trs)
+                continue
+            some[: SIDE * SIDE] = 0
+            for j in range(min(SIDE, rows - i)):
+                for k in range(min(SIDE, D - d)):
+                    some[j * SIDE + k] = W[w + j * D + k]
+            _amx_pack(some, ZERO, SIDE, R, r, Dk, T, t, trs)
+
+
+def _scores_amx(p, W_out, lo, rows, m, lanes, out):
+    R, Dk, ld = out.W_rows[p].reshape(-1), out.W_rows.shape[2], out.HT.shape[1]
+    HT, C = out.HT.reshape(-1), out.tile[p]
+    _amx_product(
+        NO, rows, m, Dk // 2, R, ZERO, Dk // 2, HT, ZERO, ld, C, ZERO, ld, C, ZERO, ZERO
+    )  # fmt: skip
+
+
+def _exp_amx(p, c, W_out, lo, rows, m, lanes, out):
+    """Block by block; AMX sums the next while this one's exponentials are made, by turns."""
+    R, HT, W = out.W_rows[p].reshape(-1), out.HT.reshape(-1), W_out.reshape(-1)
+    E, Q, S, C = out.E.reshape(-1), out.E_pairs[p].reshape(-1), out.S[c], out.tile[p]
+    K, ld, ers, down = out.W_rows.shape[2] // 2, out.HT.shape[1], out.E.shape[1], _padded(rows)
+    after, blocks, steps = (lo + rows) * ers * 2, down // SIDE * (m // SIDE), K // 16
+    span, ahead = blocks * SIDE // 2 * LINE, (lo + rows) * W_out.shape[1]
+    lines = (TILE * W_out.shape[1] * 4 + span - 1) // span
+    _amx_sum(0, R, ZERO, K, HT, ZERO, ld, C, ZERO, SIDE, K, C, ZERO, ZERO)
+    i, n = ZERO, ZERO
+    for q in range(blocks):
+        _amx_store(C, ZERO, SIDE)
+        here, e, to = min(SIDE, rows - i), (lo + i) * ers + n, i // 2 * ld + n
+        next_i, next_n = (i + SIDE, n) if i + SIDE < down else (0, n + SIDE)
+        pair = ZERO
+        for k in range(steps):
+            if q + 1 < blocks:
+                a, b = next_i * K + k * 16, k * 16 * ld + next_n
+                if k == 0:
+                    _amx_sum(0, R, a, K, HT, b, ld, C, ZERO, SIDE, 16, C, ZERO, ZERO)
+                else:
+                    _amx_sum(2, R, a, K, HT, b, ld, C, ZERO, SIDE, 16, C, ZERO, ZERO)
+            count = here // 2 * (k + 1) // steps - pair
+            if count:
+                _amx_exp(
+                    0, count, C, pair * 2 * SIDE, E, e + pair * 2 * ers, ers, Q, to + pair * ld, ld,
+                    S, n, E, after, W, ahead, lines,
+                )  # fmt: skip
+            pair += count
+            after += count * 2 * LINE
+            ahead += count * lines * LINE // 4
+        if here % 2:
+            e, to, last = e + (here - 1) * ers, to + pair * ld, (here - 1) * SIDE
+            _amx_exp(
+                1, ONE, C, last, E, e, ers, Q, to, ld, S, n, E, after, W, ahead, lines
+            )  # fmt: skip
+        i, n = next_i, next_n
+
+
+def _sum_amx(p, c, W_out, lo, rows, m, lanes, out, P, po, span):
+    T, Q, U = out.W_pairs[p].reshape(-1), out.E_pairs[p], out.U[c].reshape(-1)
+    ld, K = out.HT.shape[1], _padded(rows) // 2
+    Q[(rows + 1) // 2 : K] = 0
+    _amx_product(
+        YES, W_out.shape[1], m, K, T, ZERO, TILE // 2, Q.reshape(-1), ZERO, ld, U, ZERO, ld, P, po,
+        span,
+    )  # fmt: skip
+
+
+@serial
+def _dW_amx(p, lo, rows, old, out):
+    """dW_out of a tile, to out.tile[p]; its rows are as long as those of W_rows."""
+    E, G, C = out.E.reshape(-1), out.G.reshape(-1), out.tile[p]
+    ers, Dp, D, Dk = out.E.shape[1] // 2, out.G.shape[1], out.dW_out.shape[1], out.W_rows.shape[2]
+    _amx_product(
+        NO, rows, D, old // 2, E, lo * ers, ers, G, ZERO, Dp, C, ZERO, Dk, C, ZERO, ZERO
+    )  # fmt: skip
+
+
+def _gradient_amx(p, add, lo, rows, old, lanes, out, dW, at):
+    _dW_amx(p, lo, rows, old, out)
+    D, Dk, C = out.dW_out.shape[1], out.W_rows.shape[2], out.tile[p]
+    for i in range(rows):
+        to, part = dW[at + i * D : at + (i + 1) * D], C[i * Dk : i * Dk + D]
+        for d in range(D):
+            to[d] = to[d] + part[d] if add else part[d]
+
+
+def _move_amx(p, add, lo, rows, old, lanes, out, dW, at, W, ms, rule):
+    _dW_amx(p, lo, rows, old, out)
+    D, Dk, C = out.dW_out.shape[1], out.W_rows.shape[2], out.tile[p]
+    if D == Dk and not add:
+        part = slice(lo * D, (lo + rows) * D)
+        _rmsprop(W[part], ms[part], C[: rows * D], rule)
+        return
+    for i in range(rows):
+        part, g = slice((lo + i) * D, (lo + i + 1) * D), C[i * Dk : i * Dk + D]
+        if add:
+            stored = dW[at + i * D : at + (i + 1) * D]
+            for d in range(D):
+                g[d] += stored[d]
+        _rmsprop(W[part], ms[part], g, rule)
+
+
+def _put_amx(p, lo, i, j, value, out):
+    bits, pairs, place = _half(value), out.E_pairs[p], _between(j)
+    out.E[lo + i, j] = bits
+    if i % 2 == 0:
+        pairs[i // 2, place] = bits
+    else:
+        pairs[i // 2, place] |= bits << np.uint32(16)
+
+
+def _place_full(j, out):
+    """The column of U for event j."""
+    return j
+
+
+def _place_amx(j, out):
+    return _between(j)
+
+
+def _unit_full(lanes, out):
+    """Events of a block are padded to a multiple of it, and a thread has whole ones."""
+    return lanes
+
+
+def _unit_amx(lanes, out):
+    return SIDE
+
+
+def _nothing(out):
+    pass
+
+
+def _configure(out):
+    _amx_configure(out.amx)
+
+
+def _release(out):
+    _amx_release()
+
+
+def _by_products(full: Callable, half: Callable, amx: Callable) -> Callable:
+    """One of the three, as the type of the argument `out` asks when the caller is compiled."""
 
     def stub(*arguments):
         raise RuntimeError("compiled code only")
@@ -1412,22 +1929,28 @@ def _by_products(full: Callable, half: Callable) -> Callable:
     @overload(stub, strict=False, jit_options=INNER | {"nopython": True})
     def choose(*arguments):
         [out] = [a for a in arguments if getattr(a, "instance_class", None) is Output]
+        if out[Output._fields.index("amx")] != types.none:
+            return amx
         return half if out[Output._fields.index("E")].dtype == types.uint16 else full
 
     return stub
 
 
-_load_state = _by_products(_load_full, _load_half)
-_pack = _by_products(_pack_full, _pack_half)
-_tile_scores = _by_products(_scores_full, _scores_half)
-_tile_exp = _by_products(_exp_full, _exp_half)
-_put = _by_products(_put_full, _put_half)
-_tile_sum = _by_products(_sum_full, _sum_half)
-_tile_gradient = _by_products(_gradient_full, _gradient_half)
-_tile_move = _by_products(_move_full, _move_half)
-_logit = _by_products(_logit_full, _logit_half)
-_close = _by_products(_close_full, _close_half)
-_pad = _by_products(_pad_full, _pad_half)
+_load_state = _by_products(_load_full, _load_half, _load_half)
+_pack = _by_products(_pack_full, _pack_half, _pack_amx)
+_tile_scores = _by_products(_scores_full, _scores_half, _scores_amx)
+_tile_exp = _by_products(_exp_full, _exp_half, _exp_amx)
+_put = _by_products(_put_full, _put_half, _put_amx)
+_tile_sum = _by_products(_sum_full, _sum_half, _sum_amx)
+_tile_gradient = _by_products(_gradient_full, _gradient_half, _gradient_amx)
+_tile_move = _by_products(_move_full, _move_half, _move_amx)
+_logit = _by_products(_logit_full, _logit_half, _logit_half)
+_close = _by_products(_close_full, _close_half, _close_half)
+_pad = _by_products(_pad_full, _pad_half, _pad_half)
+_place = _by_products(_place_full, _place_full, _place_amx)
+_unit = _by_products(_unit_full, _unit_full, _unit_amx)
+_begin_tiles = _by_products(_nothing, _nothing, _configure)
+_end_tiles = _by_products(_nothing, _nothing, _release)
 
 
 @serial
@@ -1438,14 +1961,14 @@ def _tile(p, c, lo, rows, W_out, ms, lanes, old, first, move, m, out, rule):
     dW = out.dW_out.reshape(-1) if stored else out.tile[p]
     at = lo * D if stored else 0
     if old > 0 and move:
-        _tile_move(not first, lo, rows, old, lanes, out, dW, at, W, mean_squares, rule)
+        _tile_move(p, not first, lo, rows, old, lanes, out, dW, at, W, mean_squares, rule)
     elif old > 0:
-        _tile_gradient(not first, lo, rows, old, lanes, out, dW, at)
+        _tile_gradient(p, not first, lo, rows, old, lanes, out, dW, at)
     elif old == 0:
         part, g = slice(lo * D, (lo + rows) * D), dW[at : at + rows * D]
         g[:] = 0
         if move:
-            _rmsprop(W[part], mean_squares[part], g, rule[0], rule[1], rule[2], rule[3])
+            _rmsprop(W[part], mean_squares[part], g, rule)
     if m:
         _pack(p, W_out, lo, rows, out)
         _tile_exp(p, c, W_out, lo, rows, m, lanes, out)
@@ -1462,6 +1985,7 @@ def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
     this block, 0 for no logits. rule = (learning_rate, rho, 1 - rho, eps).
     """
     c, chunks, before, ahead = p, out.chunks.size - 1, out.taken[8 * (p + 1)], out.ahead[p, 0]
+    _begin_tiles(out)
     while c < chunks:
         if m:
             out.S[c, :] = 0
@@ -1471,6 +1995,7 @@ def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
             rows, due = min(TILE, end - lo), NO_UPDATE if lo < ahead else old
             _tile(p, c, lo, rows, W_out, ms, lanes, due, first, move, m, out, rule)
         c = n + _add(out.taken, 0, 1) - before
+    _end_tiles(out)
     out.taken[8 * (p + 1)], out.ahead[p, 0] = before + chunks, 0
 
 
@@ -1478,9 +2003,11 @@ def _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule):
 def _update_ahead(p, gate, busy, W_out, ms, lanes, old, first, move, out, rule):
     """`_tiles` of thread p, as far as the update, until `busy` threads are at the gate."""
     lo, end = max(out.ahead[p, 0], out.chunks[p]), out.chunks[p + 1]
+    _begin_tiles(out)
     while lo < end and _read(gate, ARRIVED) < busy:
         _tile(p, p, lo, min(TILE, end - lo), W_out, ms, lanes, old, first, move, ZERO, out, rule)
         lo += TILE
+    _end_tiles(out)
     out.ahead[p, 0] = lo
 
 
@@ -1490,6 +2017,7 @@ def _largest_scores(p, n, W_out, m, lanes, out):
     ld, scores, top = out.HT.shape[1], out.tile[p], out.S[p]
     top[:] = -np.inf
     begin, end = _share(p, n, W_out.shape[0], TILE)
+    _begin_tiles(out)
     for lo in range(begin, end, TILE):
         rows = min(TILE, end - lo)
         _pack(p, W_out, lo, rows, out)
@@ -1498,6 +2026,7 @@ def _largest_scores(p, n, W_out, m, lanes, out):
             e = scores[i * ld : i * ld + m]
             for j in range(m):
                 top[j] = max(top[j], e[j])
+    _end_tiles(out)
 
 
 @serial
@@ -1505,6 +2034,7 @@ def _shifted_tiles(p, n, W_out, m, lanes, out):
     """E = 2 ** (score - shift) on every n-th chunk, and its S and U."""
     ld, scores, shift = out.HT.shape[1], out.tile[p], out.shift[p]
     W, ln2 = W_out.reshape(-1), W_out.dtype.type(math.log(2))
+    _begin_tiles(out)
     for c in range(p, out.chunks.size - 1, n):
         S = out.S[c]
         S[:] = 0
@@ -1521,6 +2051,7 @@ def _shifted_tiles(p, n, W_out, m, lanes, out):
                     _put(p, lo, i, j, v, out)
                     S[j] += v
             _tile_sum(p, c, W_out, lo, rows, m, lanes, out, W, lo * W_out.shape[1], ZERO)
+    _end_tiles(out)
 
 
 @serial
@@ -1562,9 +2093,9 @@ def _softmax(
     events and the padded number of all. blend is None, or (share, p, total) of the events, where
     the softmax is distribution 0 of a mixture (`Mixing`).
     """
-    D = W_out.shape[1]
-    m = (H.shape[0] + lanes - 1) // lanes * lanes
-    begin, end = _share(p, n, m, lanes)
+    D, unit = W_out.shape[1], _unit(lanes, out)
+    m = (H.shape[0] + unit - 1) // unit * unit
+    begin, end = _share(p, n, m, unit)
     _load_states(H, begin, end, W_out.dtype.type(LOG2_E), out)
     _meet(n, gate)
     _tiles(p, n, W_out, ms, lanes, old, first, move, m, out, rule)
@@ -1604,8 +2135,9 @@ def _softmax(
             weight = scale * H.dtype.type(own / total_p[j])
         loss += nll
         factor = weight / s
+        column = _place(j, out)
         for d in range(D):
-            dH[j, d] = U[d, j] * factor - W_out[i, d] * weight
+            dH[j, d] = U[d, column] * factor - W_out[i, d] * weight
         _close(H, j, i, s, factor, out)
     for j in range(max(begin, H.shape[0]), end):
         _pad(j, out)
@@ -2276,7 +2808,7 @@ def _move_items(p, n, T, start, drop, dense, step, W_in, ms, stamp, rule, work):
                 stamp[i] = step
                 for j in range(width):
                     ms[i, j] *= late
-            _rmsprop(W_in[i], ms[i], work.dA[b, t], rule[0], rule[1], rule[2], rule[3])
+            _rmsprop(W_in[i], ms[i], work.dA[b, t], rule)
 
 
 @serial
@@ -2295,10 +2827,19 @@ def _move_recurrent(p, n, kind, T, user, length, lanes, W_h, ms, rule, work):
         if not pooled:
             for k in range(begin, end):
                 W, own = W_h[user[b], k], ms[user[b], k]
-                _rmsprop(W, own, work.dW_h[k], rule[0], rule[1], rule[2], rule[3])
+                _rmsprop(W, own, work.dW_h[k], rule)
     if pooled and seen:
         for k in range(begin, end):
-            _rmsprop(W_h[0, k], ms[0, k], work.dW_h[k], rule[0], rule[1], rule[2], rule[3])
+            _rmsprop(W_h[0, k], ms[0, k], work.dW_h[k], rule)
+
+
+@serial
+def _rmsprop_of(w, ms, g, rule):
+    """`_rmsprop` by a gradient in float64, whatever w and ms are."""
+    learning_rate, rho, rest, eps = rule
+    for j in range(w.size):
+        ms[j] = rho * ms[j] + rest * g[j] * g[j]
+        w[j] -= learning_rate * g[j] / math.sqrt(ms[j] + eps)
 
 
 @serial
@@ -2338,9 +2879,9 @@ def _mix_window_backward(p, b, T, B, user, first, start, drop, scale, rule, work
         return
     _end_column(p, b, mix)
     nu, ms = mix.blocks.nu[user].reshape(-1), squares.nu[user].reshape(-1)
-    _rmsprop(nu, ms, mix.dnu[b].reshape(-1), rule[0], rule[1], rule[2], rule[3])
+    _rmsprop_of(nu, ms, mix.dnu[b].reshape(-1), rule)
     gate_user, ms = mix.blocks.gate_user[user], squares.gate_user[user]
-    _rmsprop(gate_user, ms, mix.dgate_user[b], rule[0], rule[1], rule[2], rule[3])
+    _rmsprop_of(gate_user, ms, mix.dgate_user[b], rule)
 
 
 @serial
@@ -2352,7 +2893,7 @@ def _move_dense(w, ms, parts, rule):
         for j in range(total.size):
             total[j] += part[j]
         part[:] = 0
-    _rmsprop(w.reshape(-1), ms.reshape(-1), total, rule[0], rule[1], rule[2], rule[3])
+    _rmsprop_of(w.reshape(-1), ms.reshape(-1), total, rule)
     total[:] = 0
 
 
@@ -2380,7 +2921,7 @@ def _train(
     W_h, W_in, W_out = params.W_h, params.W_in, params.W_out
     pooled = W_h.shape[0] == 1
     D, width, block = W_out.shape[1], W_in.shape[1], out.total.shape[1]
-    cell = work.cell
+    cell, unit = work.cell, _unit(lanes, out)
     total, events = 0.0, 0
     old, first, move = NO_UPDATE, YES, NO
     for k in range(run.key.size):
@@ -2417,7 +2958,7 @@ def _train(
         blocks = max((N + block - 1) // block, 1)
         for q in range(blocks):
             lo, hi = q * N // blocks, (q + 1) * N // blocks
-            begin, end = _share(p, n, (hi - lo + lanes - 1) // lanes * lanes, lanes)
+            begin, end = _share(p, n, (hi - lo + unit - 1) // unit * unit, unit)
             blend = None
             if mix is None:
                 for c in range(lo + begin, min(lo + end, hi)):
