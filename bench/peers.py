@@ -12,7 +12,8 @@ sequences of a prepared data set DIR.
 Each contender is a process of its own, which waits while another runs; rounds alternate and ratios
 are taken round by round. `torch_peers.py` has the peers.
 
-"crnn_np, bfloat16" has products="bfloat16", on processors that can; "crnn_np, output mixture" is
+"crnn_np, bfloat16" has products="bfloat16", on processors that can; "torch.compile, bfloat16", with
+tuned malloc, is the same in PyTorch, where the logits are rounded too. "crnn_np, output mixture" is
 the same network with the output layer of preset `mixture`.
 
 The last column is an epoch's time at the rate of full windows; those of an epoch are not all full.
@@ -90,6 +91,7 @@ PEERS = {
     "PyTorch eager": Peer("Eager"),
     "PyTorch by hand, tuned malloc": Peer("ByHand", TUNED),
     "torch.compile, tuned malloc": Peer("Compiled", TUNED),
+    "torch.compile, bfloat16": Peer("CompiledHalf", TUNED, devices=("cpu",)),
     "torch.compile, TF32": Peer("Compiled", devices=("gpu",)),
     "pooled nn.GRU, tuned malloc": Peer("Pooled", TUNED),
     "pooled nn.GRU by hand": Peer("PooledByHand", devices=("gpu",)),

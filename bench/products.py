@@ -56,15 +56,18 @@ def _products(p, n, gate, repeat, step, kind, W, lanes, m, out, fetch):
         jit._meet(n, gate)
 
 
-def work(items: int, D: int, m: int) -> tuple[np.ndarray, np.ndarray, jit.Output]:
+def work(
+    items: int, D: int, m: int, half: bool = False
+) -> tuple[np.ndarray, np.ndarray, jit.Output]:
     """W_out, its mean squares and the work arrays, filled with numbers of the usual size."""
     rng = np.random.default_rng(0)
-    out = jit._output_work(m, items, D, FLOAT)
+    out = jit._output_work(m, items, D, FLOAT, half=half)
     W, ms = jit._aligned((items, D), FLOAT), jit._aligned((items, D), FLOAT)
     W[:] = rng.standard_normal(W.shape) / np.sqrt(D)
     ms += 1
-    out.HT[:] = rng.standard_normal(out.HT.shape) / 4
-    out.G[:] = rng.standard_normal(out.G.shape) / (items * m)
+    for array, scale in ((out.HT, 4), (out.G, items * m)):
+        numbers = (rng.standard_normal(array.shape) / scale).astype(FLOAT)
+        array[:] = numbers.view(np.uint32) >> 16 if half else numbers  # the bits of bfloat16
     return W, ms, out
 
 
@@ -74,7 +77,8 @@ def contenders(items: int, D: int, m: int) -> dict[str, tuple[Callable[[], None]
     n, lanes, product = len(out.total), jit._lanes(FLOAT), 2e-9 * items * D * m
     repeat = max(1, int(10 / product))
 
-    def passes(old: int, move: bool, m: int) -> Callable[[], None]:
+    def passes(old: int, move: bool, m: int, arrays=(W, ms, out)) -> Callable[[], None]:
+        W, ms, out = arrays
         return lambda: jit._together(n, _pass, repeat, W, ms, lanes, old, move, m, out, RULE)
 
     def products(kind: int, step: int, fetch: int = 0) -> Callable[[], None]:
@@ -83,6 +87,14 @@ def contenders(items: int, D: int, m: int) -> dict[str, tuple[Callable[[], None]
         )
 
     one = repeat * product
+    rounded = {}
+    if jit.HALF:
+        arrays = work(items, D, m, half=True)
+        rounded = {
+            "logits pass, bfloat16": (passes(-1, False, m, arrays), 2 * one),
+            "update pass, bfloat16": (passes(m, True, 0, arrays), one),
+            "both in one pass, bfloat16": (passes(m, True, m, arrays), 3 * one),
+        }
     return {
         "W_out H^T, one tile in cache": (products(0, 0), one),
         "E G, one tile in cache": (products(3, 0), one),
@@ -94,6 +106,7 @@ def contenders(items: int, D: int, m: int) -> dict[str, tuple[Callable[[], None]
         "update pass": (passes(m, True, 0), one),
         "logits pass: exp(W_out H^T), W_out^T E": (passes(-1, False, m), 2 * one),
         "both in one pass": (passes(m, True, m), 3 * one),
+        **rounded,
     }
 
 

@@ -37,6 +37,12 @@ def output_loss(H, W_out, y):
     return cross_entropy(H.reshape(-1, H.shape[2]) @ W_out.T, y.reshape(-1))
 
 
+def half_loss(H, W_out, y):
+    """`output_loss` with the factors of its three products in bfloat16, and its logits."""
+    logits = H.reshape(-1, H.shape[2]).bfloat16() @ W_out.bfloat16().T
+    return cross_entropy(logits.float(), y.reshape(-1))
+
+
 def normal(*shape: int, D: int) -> torch.Tensor:
     return torch.randn(*shape) / math.sqrt(D)
 
@@ -90,7 +96,7 @@ class ByHand(Rows):
     Only the window's rows of W_in and W_h have gradients and move; RMSprop is in place.
     """
 
-    compiled = False
+    compiled, output_loss = False, staticmethod(output_loss)
 
     def __init__(self, users: int, items: int, D: int, rule, B: int) -> None:
         self.W_in, self.W_out = normal(items, 3 * D, D=D), normal(items, D, D=D)
@@ -99,7 +105,7 @@ class ByHand(Rows):
         self.h, self.rule = torch.zeros(B, 1, D), rule
         compiled = torch.compile if self.compiled else lambda f, **options: f
         self.recurrence = compiled(recurrence, dynamic=False)
-        self.loss = compiled(output_loss, dynamic=False)
+        self.loss = compiled(self.output_loss, dynamic=False)
         self.move = compiled(self.rmsprop, dynamic=False)
 
     def run(self, windows: Windows) -> None:
@@ -124,6 +130,12 @@ class Compiled(ByHand):
     """The same with torch.compile around the loss and around RMSprop of W_out."""
 
     compiled = True
+
+
+class CompiledHalf(Compiled):
+    """The same with the products of the output layer in bfloat16."""
+
+    output_loss = staticmethod(half_loss)
 
 
 class Pooled:
