@@ -211,9 +211,12 @@ def test_only_a_fused_run_has_them(products, name, clip, advice, monkeypatch):
 
 
 def test_a_kernel_that_does_not_give_the_registers_of_amx(monkeypatch):
-    denied = SimpleNamespace(syscall=lambda *numbers: -1)
-    monkeypatch.setattr(jit.ctypes, "CDLL", lambda name: denied)
-    assert not jit._may_use_amx()
+    monkeypatch.setattr(jit.sys, "platform", "linux")
+    monkeypatch.setattr(jit.platform, "machine", lambda: "x86_64")
+    for answer in (0, -1):
+        kernel = SimpleNamespace(syscall=lambda *numbers, answer=answer: answer)
+        monkeypatch.setattr(jit.ctypes, "CDLL", lambda name, kernel=kernel: kernel)
+        assert jit._may_use_amx() == (answer == 0)
     monkeypatch.setattr(jit.sys, "platform", "darwin")
     monkeypatch.setattr(jit.ctypes, "CDLL", None)
     assert not jit._may_use_amx()
