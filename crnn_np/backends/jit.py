@@ -321,7 +321,9 @@ def _may_use_amx() -> bool:
 
 
 AMX = HALF and "+amx-bf16" in _features and _may_use_amx()
-ROWS = 8 if AVX512 or _triple.startswith(("aarch64", "arm64")) else 6  # 32 registers, else 16
+# Rows and vectors of a register block: of 32 registers, else of 16
+ROWS = 8 if AVX512 or _triple.startswith(("aarch64", "arm64")) else 6
+WIDE = 3 if AVX512 else 2
 
 LOG2_E = 1 / math.log(2)
 EXP2 = {  # coefficients of 2^x, -1/2 <= x <= 1/2, but for the constant 1
@@ -533,7 +535,7 @@ def _emit_product(block, kinds, along_k, add, A, ao, stride, B, bo, bks, C, co, 
         phi.add_incoming(first, entry)
         phi.add_incoming(again, before)
         phi.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed(">", next_k, n_ir(0)), loop, done)
+    builder.cbranch(builder.icmp_signed("!=", next_k, n_ir(0)), loop, done)
     builder.position_at_end(done)
     return new
 
@@ -707,24 +709,33 @@ def _rmsprop(w, ms, g, rule):
 
 
 @serial
+def _vectors(left, lanes):
+    """Vectors of the next register block, of so many elements left; 0: not a whole one."""
+    n = left // lanes
+    return WIDE if n >= WIDE and n != 4 else min(n, 2)
+
+
+@serial
 def _columns(nv, left, along, add, M, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks):
     """`_product` of nv vectors of columns; returns where in P it has come to."""
     i, row = 0, stride if along == ALONG_K else 1
     while i + ROWS <= M:
         a, c = ao + i * row, co + i * crs
         if along == ALONG_K:
-            if nv == 2:
+            if nv == WIDE:
+                _block(
+                    ROWS, WIDE, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0
+                )
+            elif nv == 2:
                 _block(ROWS, 2, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
-            elif nv == 1:
-                _block(ROWS, 1, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
             else:
                 _block(
                     ROWS, 0, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, left
                 )
+        elif nv == WIDE:
+            _block(ROWS, WIDE, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
         elif nv == 2:
             _block(ROWS, 2, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
-        elif nv == 1:
-            _block(ROWS, 1, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
         else:
             _block(ROWS, 0, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, left)
         i += ROWS
@@ -732,10 +743,10 @@ def _columns(nv, left, along, add, M, A, ao, stride, B, bo, bks, C, co, crs, K, 
     aks = 1 if along == ALONG_K else stride
     while i < M:
         a, c = ao + i * row, co + i * crs
-        if nv == 2:
+        if nv == WIDE:
+            _block(1, WIDE, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, 0)
+        elif nv == 2:
             _block(1, 2, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, 0)
-        elif nv == 1:
-            _block(1, 1, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, 0)
         else:
             _block(1, 0, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, left)
         i += 1
@@ -746,7 +757,7 @@ def _columns(nv, left, along, add, M, A, ao, stride, B, bo, bks, C, co, crs, K, 
 @serial
 def _fetched(M, N, K, lanes, span):
     """Elements that a step of a product has to fetch, so that all of them fetch `span`."""
-    steps = max((M // ROWS + M % ROWS) * ((N + 2 * lanes - 1) // (2 * lanes)) * K, 1)
+    steps = max((M // ROWS + M % ROWS) * ((N + WIDE * lanes - 1) // (WIDE * lanes)) * K, 1)
     return (span + steps - 1) // steps
 
 
@@ -761,7 +772,7 @@ def _product(along, add, M, N, K, lanes, A, ao, stride, B, bo, bks, C, co, crs, 
     n = 0
     while n < N:
         left = N - n
-        nv = 2 if left >= 2 * lanes else 1 if left >= lanes else 0
+        nv = _vectors(left, lanes)
         po = _columns(
             nv, left, along, add, M, A, ao, stride, B, bo + n, bks, C, co + n, crs, K, P, po, pks
         )
@@ -780,18 +791,18 @@ def _move_product(
     n = 0
     while n < N:
         left, b, i = N - n, bo + n, 0
-        nv = 2 if left >= 2 * lanes else 1 if left >= lanes else 0
+        nv = _vectors(left, lanes)
         while i < M:
             a, c, w = ao + i * stride, co + i * crs + n, wo + i * crs + n
             if i + ROWS <= M:
-                if nv == 2:
+                if nv == WIDE:
+                    _move_block(
+                        ROWS, WIDE, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W,
+                        ms, w, rule,
+                    )  # fmt: skip
+                elif nv == 2:
                     _move_block(
                         ROWS, 2, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms,
-                        w, rule,
-                    )  # fmt: skip
-                elif nv == 1:
-                    _move_block(
-                        ROWS, 1, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms,
                         w, rule,
                     )  # fmt: skip
                 else:
@@ -801,14 +812,14 @@ def _move_product(
                     )  # fmt: skip
                 i += ROWS
             else:
-                if nv == 2:
+                if nv == WIDE:
+                    _move_block(
+                        1, WIDE, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms,
+                        w, rule,
+                    )  # fmt: skip
+                elif nv == 2:
                     _move_block(
                         1, 2, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms, w,
-                        rule,
-                    )  # fmt: skip
-                elif nv == 1:
-                    _move_block(
-                        1, 1, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms, w,
                         rule,
                     )  # fmt: skip
                 else:
@@ -828,37 +839,40 @@ def _exp_product(M, N, K, lanes, A, ao, stride, B, bks, C, co, crs, P, po, span,
     Fetches as `_product` does.
     """
     pks = _fetched(M, N, K, lanes, span)
-    for n in range(0, N, 2 * lanes):
-        two = n + 2 * lanes <= N
-        i = 0
+    n = 0
+    while n < N:
+        nv, i = _vectors(N - n, lanes), 0
         while i + ROWS <= M:
             a, c = ao + i * stride, co + i * crs + n
-            if two:
+            if nv == WIDE:
+                _exp_block(ROWS, WIDE, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
+            elif nv == 2:
                 _exp_block(ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
             else:
                 _exp_block(ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
             i += ROWS
             po += K * pks
-        while i < M:
-            a, c = ao + i * stride, co + i * crs + n
-            _exp_block(1, 1, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
-            if two:
-                m, c = n + lanes, c + lanes
-                _exp_block(1, 1, A, a, stride, B, m, bks, C, c, crs, K, P, po, pks, S, m)
-            i += 1
-            po += K * pks
+        for lo in range(n, n + nv * lanes, lanes):
+            for j in range(i, M):
+                a, c = ao + j * stride, co + j * crs + lo
+                _exp_block(1, 1, A, a, stride, B, lo, bks, C, c, crs, K, P, po, pks, S, lo)
+        n += nv * lanes
 
 
 @serial
 def _exp_half_product(M, N, K, lanes, A, stride, B, bks, C, co, crs, P, po, span, S, Q, qrs):
     """`_exp_product` on words of two bfloat16; C u16, and Q with two rows to a word."""
     pks = _fetched(M, N, K, lanes, span)
-    for n in range(0, N, 2 * lanes):
-        two = n + 2 * lanes <= N
-        i = 0
+    n = 0
+    while n < N:
+        nv, i = _vectors(N - n, lanes), 0
         while i + ROWS <= M:
             a, c, q = i * stride, co + i * crs + n, i // 2 * qrs + n
-            if two:
+            if nv == WIDE:
+                _exp_half_block(
+                    ROWS, WIDE, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n, Q, q, qrs
+                )
+            elif nv == 2:
                 _exp_half_block(
                     ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n, Q, q, qrs
                 )
@@ -868,7 +882,7 @@ def _exp_half_product(M, N, K, lanes, A, stride, B, bks, C, co, crs, P, po, span
                 )
             i += ROWS
             po += K * pks
-        for lo in range(n, min(n + 2 * lanes, N), lanes):
+        for lo in range(n, n + nv * lanes, lanes):
             for j in range(i, M, 2):
                 a, c, q = j * stride, co + j * crs + lo, j // 2 * qrs + lo
                 if j + 2 <= M:
@@ -879,6 +893,7 @@ def _exp_half_product(M, N, K, lanes, A, stride, B, bks, C, co, crs, P, po, span
                     _exp_half_block(
                         1, 1, A, a, stride, B, lo, bks, C, c, crs, K, P, po, pks, S, lo, Q, q, qrs
                     )
+        n += nv * lanes
 
 
 @serial
