@@ -495,6 +495,12 @@ class Registers:
 n_, n_ir = types.intp, ir.IntType(64)
 
 
+def _hidden(builder, x):
+    """The same number, of which LLVM does not know where it comes from."""
+    same = ir.FunctionType(x.type, [x.type])
+    return builder.asm(same, "", "=r,0", [x], False)
+
+
 def _emit_product(block, kinds, along_k, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks):
     """The sums of a block, as `_block` has them. kinds: Numba types of A, B, C and P."""
     builder, zeros = block.builder, ir.Constant(block.vector, [0.0] * block.lanes)
@@ -502,7 +508,15 @@ def _emit_product(block, kinds, along_k, add, A, ao, stride, B, bo, bks, C, co, 
     starts = [block.pointer(*x) for x in ((of_A, A, ao), (of_B, B, bo), (of_P, P, po))]
     strides = [n_ir(1) if along_k else stride, bks, pks]
     cells = block.cells(of_C, C, co, crs)
-    rows = [builder.mul(stride, n_ir(i)) if along_k else n_ir(i) for i in range(block.n_rows)]
+    rows = [n_ir(i) for i in range(block.n_rows)]
+    if along_k:
+        # As few additions in the loop as there are pointers: two, four rows from each, and LLVM
+        # must not know how far apart they are.
+        rows = [builder.mul(stride, n_ir(i)) for i in range(min(block.n_rows, 4))]
+        rows[3:] = [_hidden(builder, row) for row in rows[3:]]
+        if block.n_rows > 4:
+            starts.append(builder.gep(starts[0], [_hidden(builder, builder.mul(stride, n_ir(4)))]))
+            strides.append(n_ir(1))
 
     before, loop, done = (builder.append_basic_block(n) for n in ("before", "product", "done"))
     entry = builder.block
@@ -520,8 +534,10 @@ def _emit_product(block, kinds, along_k, add, A, ao, stride, B, bo, bks, C, co, 
     ahead = builder.bitcast(moving[2], i8.as_pointer())
     builder.call(fetch, [ahead, i32(0), i32(2), i32(1)])
     new = []
-    for row in rows:
-        a_ik = block.spread(builder.load(builder.gep(moving[0], [row])))
+    places = [builder.gep(moving[0], [row]) for row in rows]
+    places += [builder.gep(moving[3], [row]) for row in rows[: block.n_rows - len(rows)]]
+    for place in places:
+        a_ik = block.spread(builder.load(place))
         new += [block.times(a_ik, b_k, sums[len(new) + v]) for v, b_k in enumerate(b)]
     next_k = builder.sub(k, n_ir(1))
     moved = [builder.gep(p, [by]) for p, by in zip(moving, strides, strict=True)]
