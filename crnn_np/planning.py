@@ -8,7 +8,7 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,11 +109,7 @@ def _rehearse(
     log: EventLog,
     validation: EventLog | None,
 ) -> int:
-    """Train a full window and validate, on few users; bytes held beside the tables at the most.
-
-    The tables, parameters and accumulators, are those of few users. NumPy tells `tracemalloc` of
-    every array, so that a backend's own work arrays count as well.
-    """
+    """Train a full window and validate, on few users; bytes of parameters and accumulators."""
     users = min(max(plan.batch, 64), log.n_users)  # 64: those that `evaluate` has side by side
     length = min(max(plan.window, 128) + 1, int(log.lengths.max(initial=0)))
     few = EventLog(
@@ -124,35 +120,46 @@ def _rehearse(
         log.item_ids,
     )
     first = epoch_slices(plan, few.lengths, 1).part(0, 1)
+    held = [workspace(module, spec, plan, log)]
+    part = log
+    if plan.patience:
+        part, validation, _ = validation_split(plan, log, validation)
+    held.append(epoch_slices(plan, part.lengths, 1))
+    held.append(read_past(spec, part))
+    params = blank(spec, users, log.n_items)
+    acc = new_accumulators(params)
+    live = on_device(module, params), on_device(module, acc)
+    s = module.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
+    past = on_device(module, read_past(spec, few))
+    train_run(module, spec, rule, plan.scale, *live, s, few, first, held[0], past)
+    if plan.patience:
+        held.append(concatenate(part, validation))
+        evaluate(module, spec, live[0], *cut_tail(few, np.clip(few.lengths - 1, 0, 8)))
+    return sum(block.nbytes for block in (*params, *acc))
+
+
+def _held_beside(*arguments: Any) -> int:
+    """Bytes that `_rehearse` holds beside parameters and accumulators at the most.
+
+    NumPy tells `tracemalloc` of every array, so that a backend's own work arrays count as well.
+    """
     traced = tracemalloc.is_tracing()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        held = [workspace(module, spec, plan, log)]
-        part = log
-        if plan.patience:
-            part, validation, _ = validation_split(plan, log, validation)
-        held.append(epoch_slices(plan, part.lengths, 1))
-        held.append(read_past(spec, part))
-        params = blank(spec, users, log.n_items)
-        acc = new_accumulators(params)
-        live = on_device(module, params), on_device(module, acc)
-        s = module.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
-        past = on_device(module, read_past(spec, few))
-        train_run(module, spec, rule, plan.scale, *live, s, few, first, held[0], past)
-        if plan.patience:
-            held.append(concatenate(part, validation))
-            evaluate(module, spec, live[0], *cut_tail(few, np.clip(few.lengths - 1, 0, 8)))
-        peak = tracemalloc.get_traced_memory()[1]
+        tables = _rehearse(*arguments)
+        return tracemalloc.get_traced_memory()[1] - before - tables
     finally:
         if not traced:
             tracemalloc.stop()
-    return peak - before - sum(block.nbytes for block in (*params, *acc))
 
 
 def load_kernels(spec: Spec, rule: Rule, plan: Plan, backend: str = "numba") -> None:
-    """Have a backend load, or compile, all that a run with these settings calls."""
+    """Have a backend load, or compile, all that a run with these settings calls.
+
+    Not traced: `tracemalloc` doubles the time of the compiler.
+    """
     tiny = from_sequences([[0, 1, 2], [0, 1, 2]])
     small = replace(plan, batch=1, window=2, validation_range=(1, 1))
     _rehearse(backends.get(backend), replace(spec, hidden_size=1), rule, small, tiny, None)
@@ -201,7 +208,7 @@ def memory(
     """
     load_kernels(spec, rule, plan, backend)
     now, most = _resident()
-    beside = _rehearse(backends.get(backend), spec, rule, plan, log, validation)
+    beside = _held_beside(backends.get(backend), spec, rule, plan, log, validation)
     return max(most, now + beside + _host_table_bytes(spec, plan, log))
 
 
