@@ -504,8 +504,9 @@ def _read_parquet(path: Path, types: dict) -> dict:
     import pyarrow.parquet as pq
 
     try:
-        # no partitioning: an = in the directory's name has no meaning
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        # read_table imports Arrow's data sets, and sees a meaning in an = in the directory's name
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} is damaged ({reason}): prepare the data again") from error
