@@ -123,6 +123,20 @@ def test_an_estimate_of_a_log_without_a_pair_of_events():
         assert not tracemalloc.is_tracing()
 
 
+def test_kernels_are_loaded_without_tracing_memory(monkeypatch):
+    traced = []
+
+    def train_run(*arguments):
+        traced.append(tracemalloc.is_tracing())
+        return training.train_run(*arguments)
+
+    monkeypatch.setattr(planning, "train_run", train_run)
+    planning.load_kernels(SPEC, RULE, PLAN, "numpy")
+    assert traced == [False]
+    planning.memory(SPEC, RULE, PLAN, LOG, backend="numpy")
+    assert traced == [False, False, True]
+
+
 @pytest.mark.parametrize("there", [100, 25_000_000])
 def test_more_memory_than_the_machine_has(monkeypatch, there):
     """Less than the tables, and less than the process."""
