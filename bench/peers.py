@@ -156,14 +156,14 @@ def case_of(spec: dict):
 
 
 def names_of(device: str, sharing: str) -> list[str]:
-    """The contenders of a case, the floors last."""
+    """The contenders of a case."""
     there = backends.get(BACKENDS[device]).PRODUCTS
     names = [name for name, own in VARIANTS.items() if own.get("products", "full") in there]
     peers = [name for name, peer in PEERS.items() if device in peer.devices]
     if sharing == "pooled":
         names = [name for name in names if "output" not in VARIANTS[name]]
         peers = [name for name in peers if PEERS[name].kind.startswith("Pooled")]
-    return [*names, *peers, *FLOORS[device]]
+    return [*names, *peers]
 
 
 def set_torch(spec: dict):
@@ -256,7 +256,7 @@ def peer(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
 
 def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     """Operations (GFLOP) and seconds of the fastest float32 product: ours, NumPy's, PyTorch's."""
-    from products import product_rate
+    from products import fastest_product
 
     torch, gpu = set_torch(spec), spec["device"] == "gpu"
     size = 8192 if gpu else 1024
@@ -270,11 +270,13 @@ def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
             torch.cuda.synchronize()
         return 2e-9 * size**3 / (time.perf_counter() - began)
 
+    ours = None if gpu else fastest_product(spec["threads"])
+
     def best() -> tuple[float, float]:
         if gpu:
             return max(rate(lambda: b @ b) for _ in range(10)), 1.0
         others = max(rate(product) for product in 5 * [lambda: a @ a, lambda: b @ b])
-        return max(others, product_rate(spec["threads"])), 1.0
+        return max(others, ours()), 1.0
 
     return best
 
@@ -405,20 +407,30 @@ def blas() -> dict:
     }
 
 
-def compare(spec: dict, names: list[str], rounds: int) -> dict:
-    """Rates of all contenders over alternating rounds of one case."""
-    contenders = []
+def warm(spec: dict, names: list[str]) -> list[Contender]:
+    """Contenders that are ready to run."""
+    found = []
     for name in names:
         click.echo(f"{spec['title']}: {name} warms up", err=True)
-        contenders.append(Contender(spec | {"name": name}))
+        found.append(Contender(spec | {"name": name}))
+    return found
+
+
+def compare(spec: dict, names: list[str], rounds: int, floors: list[Contender]) -> dict:
+    """Rates of all contenders, and of the floors, over alternating rounds of one case."""
+    own = warm(spec, names)
+    contenders = own + floors
+    for contender in floors:
+        contender.rates, contender.answers = [], []
     for r in range(rounds):
         click.echo(f"{spec['title']}: round {r + 1} of {rounds}", err=True)
         for contender in contenders:
             contender.run()
     kept = "operations_per_event", "bytes_per_event", "events_per_epoch"
     row = {"case": spec["title"], **{key: spec[key] for key in kept}, "contenders": {}}
-    for contender in contenders:
+    for contender in own:
         contender.end()
+    for contender in contenders:
         if contender.failed:
             row["contenders"][contender.name] = {"failed": contender.failed}
             continue
@@ -504,7 +516,7 @@ def main(
         log = crnn_np.load(directory).train
         events = int(np.maximum(log.lengths - 1, 0).sum())
         shapes = {Path(directory).name: Shape(log.n_users, log.n_items, D, events)}
-    rows = []
+    rows, floors = [], warm(common | {"title": "all cases"}, FLOORS[device])
     for shape, (users, items, size, events, sharing) in shapes.items():
         for batch, preset in BATCHES.items():
             if sharing == "pooled" and (device == "cpu" or preset == "paper"):
@@ -515,14 +527,16 @@ def main(
             spec |= {"sharing": sharing, "operations_per_event": 6 * size * items}
             once = 8 * items * size / (plan.batch * plan.window)
             spec |= {"bytes_per_event": 4 * (5 * items + once), "events_per_epoch": events}
-            rows.append(compare(spec, names_of(device, sharing), rounds))
+            rows.append(compare(spec, names_of(device, sharing), rounds, floors))
             show(rows[-1])
             if directory:
-                row = compare(spec | {"title": f"{shape} {batch}"}, ["ragged"], rounds)
+                row = compare(spec | {"title": f"{shape} {batch}"}, ["ragged"], rounds, [])
                 rows.append(row)
                 result = row["contenders"]["ragged"]
                 said = f"{result['median']:.0%}" if "median" in result else result["failed"]
                 click.echo(f"  windows as they come, with dropout, of full ones: {said}")
+    for contender in floors:
+        contender.end()
     click.echo(f"\n{QUOTED}")
     if json_file:
         json_file.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -321,7 +321,7 @@ def _may_use_amx() -> bool:
 
 
 AMX = HALF and "+amx-bf16" in _features and _may_use_amx()
-# Rows and vectors of a register block: of 32 registers, else of 16
+# Rows and vectors of a register block: with 32 registers, or 16
 ROWS = 8 if AVX512 or _triple.startswith(("aarch64", "arm64")) else 6
 WIDE = 3 if AVX512 else 2
 
@@ -510,8 +510,8 @@ def _emit_product(block, kinds, along_k, add, A, ao, stride, B, bo, bks, C, co, 
     cells = block.cells(of_C, C, co, crs)
     rows = [n_ir(i) for i in range(block.n_rows)]
     if along_k:
-        # As few additions in the loop as there are pointers: two, four rows from each, and LLVM
-        # must not know how far apart they are.
+        # As few additions in the loop as there are pointers: two, with four rows each. LLVM must
+        # not see how far apart they are: it would work out eight addresses in every step.
         rows = [builder.mul(stride, n_ir(i)) for i in range(min(block.n_rows, 4))]
         rows[3:] = [_hidden(builder, row) for row in rows[3:]]
         if block.n_rows > 4:
@@ -726,7 +726,7 @@ def _rmsprop(w, ms, g, rule):
 
 @serial
 def _vectors(left, lanes):
-    """Vectors of the next register block, of so many elements left; 0: not a whole one."""
+    """Whole vectors of the next register block, of so many elements left."""
     n = left // lanes
     return WIDE if n >= WIDE and n != 4 else min(n, 2)
 

@@ -146,8 +146,9 @@ def draw(N, n_items, D, dtype, seed=0):
     return H.astype(dtype), W_out.astype(dtype), rng.integers(0, n_items, N).astype(np.int32)
 
 
-EVENTS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 127, 128, 129, 255, 256, 257, 513)
+EVENTS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 48, 80, 127, 128, 129, 255, 256, 257, 513)
 SIZES = [(1, 1), (2, 3), (95, 5), (96, 16), (97, 17), (48, 64), (150, 65), (511, 4), (513, 12)]
+SIZES += [(40, 55), (105, 112)]  # three vectors and more
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
