@@ -23,7 +23,7 @@ from .windows import INPUT, Window, dropout_keep
 
 Array = np.ndarray
 
-FORMAT = "crnn_np model 1"
+FORMAT = "crnn_np model 2"
 HISTORY = EventLog._fields[:3]  # what a file keeps of a history, beside the ids
 
 
@@ -366,7 +366,8 @@ def save(
         arrays |= {f"history.{k}": v for k, v in kept if v is not None}
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    metadata = {"format": FORMAT, "settings": json.dumps(settings, sort_keys=True)}
+    # One entry: safetensors writes several in any order, and the file would not repeat.
+    metadata = {FORMAT: json.dumps(settings, sort_keys=True)}
     try:
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata)
         part.replace(path)
@@ -405,12 +406,13 @@ def _read(path: str | os.PathLike, arrays: bool = True) -> tuple[dict[str, Array
         raise ModelError(
             f"{path}: not a safetensors file of NumPy arrays, or cut short ({error})"
         ) from error
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
+        there = ", ".join(map(repr, sorted(metadata))) or "nothing"
         raise ModelError(
-            f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; "
+            f"{path}: its header has {there}, expected {FORMAT!r}; "
             "was it written by another program or version?"
         )
-    return found, json.loads(metadata["settings"])
+    return found, json.loads(metadata[FORMAT])
 
 
 def load_settings(path: str | os.PathLike) -> dict[str, Any]:
