@@ -130,7 +130,7 @@ SIZES = {  # items, D, steps, columns, lengths
     "as many events as a block": (90, 5, 16, 8, [400] * 8),
     "one event more": (90, 5, 43, 3, [900] * 3),
     "blocks and a remainder": (70, 4, 37, 20, [700] * 20),
-    "three vectors of units, then two": (101, 85, 5, 3, [40, 30, 20]),
+    "three vectors of units, then two": (101, 85, 5, 3, [100] * 3),
     "wide units": (50, 65, 60, 9, [1200] * 9),
 }
 
