@@ -379,7 +379,7 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
         _dry_run(model, parts.train)
         return
     log_path = Path(log_file or f"{out}.jsonl")
-    with log_path.open("w", encoding="utf-8") as lines, _epoch_progress() as progress:
+    with log_path.open("w", encoding="utf-8") as lines:
 
         def log_line(record):
             lines.write(json.dumps(record) + "\n")
@@ -393,13 +393,14 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
         settings = *model.settings, parts.train
         needed = planning.memory(*settings, backend=backend)
         click.echo(_memory_line(needed, planning.device_memory(*settings, backend=backend)))
-        for report in model.epochs(parts.train, progress=progress, checkpoint=checkpoint):
-            record = report._asdict()
-            del record["params"], record["accumulators"]
-            log_line(record | {"events_per_second": report.events / report.seconds})
-            click.echo(_epoch_line(report))
-            if report.phase != "choose":
-                model.save(out)
+        with _epoch_progress() as progress:  # only now: its clock would count the compilation
+            for report in model.epochs(parts.train, progress=progress, checkpoint=checkpoint):
+                record = report._asdict()
+                del record["params"], record["accumulators"]
+                log_line(record | {"events_per_second": report.events / report.seconds})
+                click.echo(_epoch_line(report))
+                if report.phase != "choose":
+                    model.save(out)
     if checkpoint:
         Path(checkpoint).unlink()
         Path(f"{checkpoint}.best").unlink(missing_ok=True)
