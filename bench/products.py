@@ -121,11 +121,8 @@ def rounded(items: int, D: int, m: int) -> dict[str, tuple[Callable[[], None], f
     }
 
 
-def fastest_product(threads: int) -> Callable[[], float]:
-    """A function that tells the best rate of a product of this package in GFLOP/s.
-
-    Best of 5 rounds, operands in cache, float32.
-    """
+def of_this_package(threads: int) -> list[tuple[Callable[[], None], float]]:
+    """Calls of the products, operands in cache, float32, and the GFLOP of each."""
     numba.set_num_threads(threads)
     calls = [
         pair
@@ -135,12 +132,7 @@ def fastest_product(threads: int) -> Callable[[], float]:
     ]
     for call, _ in calls:
         call()
-
-    def best() -> float:
-        time.sleep(0.1)  # no thread of a BLAS spins any more
-        return max(operations / timed(call) for _ in range(5) for call, operations in calls)
-
-    return best
+    return calls
 
 
 def timed(call: Callable[[], None]) -> float:
