@@ -1559,7 +1559,10 @@ APART = 32  # rows between the sums of two chunks: faster, it seems by what a co
 
 
 def _block_width(D: int) -> int:
-    """Most events of a block: more save passes over W_out, but E, HT, U and G grow with them."""
+    """Most events of a block: more save passes over W_out, but E, HT, U and G grow with them.
+
+    Whole tiles of AMX, whose steps write full ones: a multiple of SIDE.
+    """
     return 256 if D <= 64 else 512
 
 
