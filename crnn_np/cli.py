@@ -440,8 +440,8 @@ def _dry_run(model, log):
 
 
 def _memory_line(n_bytes, on_device) -> str:
-    host = "not estimated: no device" if n_bytes is None else f"{n_bytes / 1e9:.2f} GB at most"
-    there = f"; on the device {on_device / 1e9:.2f} GB at most" if on_device else ""
+    host = "not estimated: no device" if n_bytes is None else f"{n_bytes / 1e9:.2f} GB at its peak"
+    there = f"; on the device {on_device / 1e9:.2f} GB at its peak" if on_device else ""
     return f"memory: {host}{there}"
 
 

@@ -425,7 +425,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_file(prepared, empty, backend):
     first, *_, sizes, memory, time = result.output.splitlines()
     assert first.startswith("3 users, 9 items, 88 training events; CollaborativeRNN(")
     assert sizes == f"5 windows an epoch, {3 * 3 * 9 + 9 * 9 + 9 * 3} parameters"
-    assert re.fullmatch(r"memory: \d+\.\d\d GB at most", memory)
+    assert re.fullmatch(r"memory: \d+\.\d\d GB at its peak", memory)
     assert re.fullmatch(r"time: [\d.e-]+ s an epoch, [\d.e-]+ s for 7 epochs", time)
     assert not list(empty.iterdir())
 
@@ -442,7 +442,7 @@ def test_a_dry_run_without_the_device(prepared, empty, monkeypatch):
     assert result.exit_code == 0, result.output
     memory, time = result.output.splitlines()[-2:]
     assert re.fullmatch(
-        r"memory: not estimated: no device; on the device \d+\.\d\d GB at most", memory
+        r"memory: not estimated: no device; on the device \d+\.\d\d GB at its peak", memory
     )
     assert time == "time: not estimated: no device"
     assert not list(empty.iterdir())
@@ -475,7 +475,7 @@ def test_only_a_dry_run_needs_no_out(prepared, empty):
 
 def test_training_begins_with_its_memory(prepared, tmp_path):
     result = run("train", prepared / "table", "--out", tmp_path / "m", *SMALL)
-    assert re.match(r"memory: \d+\.\d\d GB at most", result.output.splitlines()[1])
+    assert re.match(r"memory: \d+\.\d\d GB at its peak", result.output.splitlines()[1])
 
 
 def test_the_preset_follows_the_kind_of_log(prepared, tmp_path):
