@@ -21,6 +21,9 @@ half of the time of this program goes into compiling for PyTorch.
 
 The last column is an epoch's time at the rate of full windows; those of an epoch are not all full.
 
+The share of the floor is the median over the rounds, each beside the product's rate of that round;
+the share of its best round is that of our median in the product's fastest round.
+
 With --device gpu all of them run on the first CUDA device, crnn_np with backend "cupy", and there
 is one case more, the pooled GRU with D = 768 beside PyTorch's nn.GRU, which is cuDNN's. Products
 are in strict float32, those of cuDNN too, but where a name has TF32: PyTorch then has it
@@ -520,8 +523,10 @@ def show(row: dict) -> None:
         if rates and top:
             shares = [a * row[each] / 1e9 / b for a, b in zip(rates, top, strict=True)]
             share, spread = statistics.median(shares), f"{min(shares):.0%} to {max(shares):.0%}"
-            best = f"{statistics.median(top):,.0f} {unit}, {of}"
-            click.echo(f"  {name}, share of the floor: {share:.0%} ({spread}) of {best}")
+            usual = f"{statistics.median(top):,.0f} {unit}, {of}"
+            click.echo(f"  {name}, share of the floor: {share:.0%} ({spread}) of {usual}")
+            share = statistics.median(rates) * row[each] / 1e9 / max(top)
+            click.echo(f"  {name}, share of its best round: {share:.0%} of {max(top):,.0f} {unit}")
     shares = [share for result in found.values() for share in result.get("stolen", [])]
     if any(shares):
         click.echo(
