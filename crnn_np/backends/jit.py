@@ -321,9 +321,10 @@ def _may_use_amx() -> bool:
 
 
 AMX = HALF and "+amx-bf16" in _features and _may_use_amx()
-# Rows and vectors of a register block: with 32 registers, or 16
+# Rows and vectors of a register block, with 32 registers or 16: TALL by WIDE, and ROWS by 2 where
+# fewer columns are left
 ROWS = 8 if AVX512 or _triple.startswith(("aarch64", "arm64")) else 6
-WIDE = 3 if AVX512 else 2
+TALL, WIDE = (6, 4) if AVX512 else (ROWS, 2)
 
 LOG2_E = 1 / math.log(2)
 EXP2 = {  # coefficients of 2^x, -1/2 <= x <= 1/2, but for the constant 1
@@ -429,7 +430,8 @@ class Registers:
 
     def __init__(self, context, builder, kind, n_rows, n_vectors, left):
         self.context, self.builder, self.n_rows = context, builder, n_rows
-        self.n_vectors, self.masked = max(n_vectors, 1), n_vectors == 0
+        self.n_vectors = max(n_vectors, 1)
+        self.masked = n_vectors == 0 and left is not None
         self.words = isinstance(kind.dtype, types.Integer)
         self.bits = 32 if self.words else kind.dtype.bitwidth
         self.lanes = VECTOR_BYTES * 8 // self.bits
@@ -442,6 +444,15 @@ class Registers:
             count = self.spread(left, ir.Constant(numbers, ir.Undefined))
             indices = ir.Constant(numbers, list(range(self.lanes)))
             self.mask = builder.icmp_signed("<", indices, count)
+
+    @classmethod
+    def each(cls, context, builder, kind, sizes, given, left=None):
+        """A block of each of the sizes (rows, vectors); what the caller emits runs for `given`."""
+        for size in sizes:
+            pairs = zip(given, size, strict=True)
+            same = [builder.icmp_signed("==", value, n_ir(n)) for value, n in pairs]
+            with builder.if_then(builder.and_(*same)):
+                yield cls(context, builder, kind, *size, left)
 
     def pointer(self, kind, array, offset):
         data = self.context.make_array(kind)(self.context, self.builder, array).data
@@ -510,7 +521,7 @@ def _emit_product(block, kinds, along_k, add, A, ao, stride, B, bo, bks, C, co, 
     cells = block.cells(of_C, C, co, crs)
     rows = [n_ir(i) for i in range(block.n_rows)]
     if along_k:
-        # As few additions in the loop as there are pointers: two, with four rows each. LLVM must
+        # As few additions in the loop as there are pointers: two, with up to four rows. LLVM must
         # not see how far apart they are: it would work out eight addresses in every step.
         rows = [builder.mul(stride, n_ir(i)) for i in range(min(block.n_rows, 4))]
         rows[3:] = [_hidden(builder, row) for row in rows[3:]]
@@ -610,72 +621,92 @@ def _emit_rmsprop(block, new, W, ms, wo, wrs, learning_rate, rho, rest, eps):
         block.store(builder.fsub(w, step, fast), w_at)
 
 
-@intrinsic(prefer_literal=True)
-def _block(
-    context, rows, vectors, along, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left
-):
-    """One register block of a product on flat arrays; `rows`, `vectors` and `along` are literal.
-
-    C[co + i crs + v] (+)= sum over k < K of a[i, k] B[bo + k bks + v], K >= 1, where a[i, k] is
-    A[ao + i stride + k] along K and A[ao + i + k stride] along M. Step k fetches P[po + k pks] into
-    the second-level cache. 0 vectors: one vector of which only the first `left` elements exist.
-    Where A is of integers, A, B and P are words of two bfloat16 each, and so are their offsets.
-    """
-    size = rows.literal_value, vectors.literal_value
-    along_k = along.literal_value == ALONG_K
-
-    def codegen(context, builder, signature, args):
-        block = Registers(context, builder, A, *size, args[-1])
-        new = _emit_product(block, (A, B, C, P), along_k, *args[3:-1])
-        for value, cell in zip(new, block.cells(C, *args[10:13]), strict=True):
-            block.store(value, cell)
-        return context.get_dummy_value()
-
-    arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, n_)
-    return types.none(rows, vectors, along, types.boolean, *arrays), codegen
+# What `_rows` and `_vectors` choose from
+SIZES = (TALL, WIDE), (4, WIDE), (1, WIDE), (ROWS, 2), (1, 2), (ROWS, 0), (1, 0)
+SIZES = tuple(dict.fromkeys(SIZES))  # each once: WIDE may be 2
+TWO_ROWS = (2, WIDE), (2, 2), (2, 0)
 
 
-@intrinsic(prefer_literal=True)
+def _block_of(along_k_sizes, along_m_sizes):
+    """`block` below for these sizes, (rows, vectors)."""
+
+    @intrinsic
+    def block(
+        context, rows, vectors, along, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks,
+        left
+    ):  # fmt: skip
+        """One register block of a product on flat arrays.
+
+        C[co + i crs + v] (+)= sum over k < K of a[i, k] B[bo + k bks + v], K >= 1, where a[i, k] is
+        A[ao + i stride + k] along K and A[ao + i + k stride] along M. Step k fetches P[po + k pks]
+        into the second-level cache. 0 vectors: one vector of which only the first `left` elements
+        exist. Where A is of integers, A, B and P are words of two bfloat16 each, and so are their
+        offsets.
+        """
+
+        def codegen(context, builder, signature, args):
+            rows_, vectors_, along_, *product, left_ = args
+            for direction, sizes in (ALONG_K, along_k_sizes), (ALONG_M, along_m_sizes):
+                with builder.if_then(builder.icmp_signed("==", along_, n_ir(direction))):
+                    for block in Registers.each(
+                        context, builder, A, sizes, (rows_, vectors_), left_
+                    ):
+                        new = _emit_product(block, (A, B, C, P), direction == ALONG_K, *product)
+                        for value, cell in zip(new, block.cells(C, *product[7:10]), strict=True):
+                            block.store(value, cell)
+            return context.get_dummy_value()
+
+        arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, n_)
+        return types.none(n_, n_, n_, types.boolean, *arrays), codegen
+
+    return block
+
+
+# One row lies alike in both directions
+_block = _block_of([size for size in SIZES if size[0] > 1], SIZES)
+_row_block = _block_of([], [(1, 4), (1, 2), (1, 1), (1, 0)])
+
+
+@intrinsic
 def _move_block(
     context, rows, vectors, add, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, left, W, ms,
     wo, rule
 ):  # fmt: skip
     """`_rmsprop` on W[wo + i crs + v] by what `_block` along K would write to C, and does not."""
-    size = rows.literal_value, vectors.literal_value
 
     def codegen(context, builder, signature, args):
-        *product, left_, W_, ms_, wo_, rule_ = args[2:]
-        block = Registers(context, builder, A, *size, left_)
-        new = _emit_product(block, (A, B, C, P), True, *product)
+        *size, left_ = *args[:2], args[-5]
+        *product, _, W_, ms_, wo_, rule_ = args[2:]
         numbers = cgutils.unpack_tuple(builder, rule_)
-        _emit_rmsprop(block, new, (W, W_), (ms, ms_), wo_, product[9], *numbers)
+        for block in Registers.each(context, builder, A, SIZES, size, left_):
+            new = _emit_product(block, (A, B, C, P), True, *product)
+            _emit_rmsprop(block, new, (W, W_), (ms, ms_), wo_, product[9], *numbers)
         return context.get_dummy_value()
 
     arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, n_, W, ms, n_, rule)
-    return types.none(rows, vectors, types.boolean, *arrays), codegen
+    return types.none(n_, n_, types.boolean, *arrays), codegen
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def _exp_block(
     context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, S, so
 ):  # fmt: skip
     """C = 2 ** (the product of `_block` along K), and S[so + v] += its sum over i."""
-    size = rows.literal_value, vectors.literal_value
 
     def codegen(context, builder, signature, args):
         *product, S_, so_ = args[2:]
-        block = Registers(context, builder, A, *size, None)
-        new = _emit_product(block, (A, B, C, P), True, ir.IntType(8)(0), *product)
-        new = _emit_exp(block, new, (S, S_), so_)
-        for value, cell in zip(new, block.cells(C, *product[6:9]), strict=True):
-            block.store(value, cell)
+        for block in Registers.each(context, builder, A, SIZES, args[:2]):
+            new = _emit_product(block, (A, B, C, P), True, ir.IntType(8)(0), *product)
+            new = _emit_exp(block, new, (S, S_), so_)
+            for value, cell in zip(new, block.cells(C, *product[6:9]), strict=True):
+                block.store(value, cell)
         return context.get_dummy_value()
 
     arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, S, n_)
-    return types.none(rows, vectors, *arrays), codegen
+    return types.none(n_, n_, *arrays), codegen
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def _exp_half_block(
     context, rows, vectors, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks, S, so, Q, qo, qrs
 ):
@@ -683,18 +714,17 @@ def _exp_half_block(
 
     Q (words, rows qrs apart) gets C again, two rows to a word; a last row alone is beside 0.
     """
-    size = rows.literal_value, vectors.literal_value
 
     def codegen(context, builder, signature, args):
         *product, S_, so_, Q_, qo_, qrs_ = args[2:]
-        block = Registers(context, builder, A, *size, None)
-        new = _emit_product(block, (A, B, C, P), True, ir.IntType(8)(0), *product)
-        new = _emit_exp(block, new, (S, S_), so_)
-        _emit_half(block, new, (C, product[6]), *product[7:9], (Q, Q_), qo_, qrs_)
+        for block in Registers.each(context, builder, A, SIZES + TWO_ROWS, args[:2]):
+            new = _emit_product(block, (A, B, C, P), True, ir.IntType(8)(0), *product)
+            new = _emit_exp(block, new, (S, S_), so_)
+            _emit_half(block, new, (C, product[6]), *product[7:9], (Q, Q_), qo_, qrs_)
         return context.get_dummy_value()
 
     arrays = (A, n_, n_, B, n_, n_, C, n_, n_, n_, P, n_, n_, S, n_, Q, n_, n_)
-    return types.none(rows, vectors, *arrays), codegen
+    return types.none(n_, n_, *arrays), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -726,54 +756,32 @@ def _rmsprop(w, ms, g, rule):
 
 @serial
 def _vectors(left, lanes):
-    """Whole vectors of the next register block, of so many elements left."""
+    """Vectors of the next register block, of so many elements left: WIDE, 2, or 0 for the last."""
     n = left // lanes
-    return WIDE if n >= WIDE and n != 4 else min(n, 2)
+    return WIDE if n >= WIDE else 2 if n >= 2 else 0
 
 
 @serial
-def _columns(nv, left, along, add, M, A, ao, stride, B, bo, bks, C, co, crs, K, P, po, pks):
-    """`_product` of nv vectors of columns; returns where in P it has come to."""
-    i, row = 0, stride if along == ALONG_K else 1
-    while i + ROWS <= M:
-        a, c = ao + i * row, co + i * crs
-        if along == ALONG_K:
-            if nv == WIDE:
-                _block(
-                    ROWS, WIDE, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0
-                )
-            elif nv == 2:
-                _block(ROWS, 2, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
-            else:
-                _block(
-                    ROWS, 0, ALONG_K, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, left
-                )
-        elif nv == WIDE:
-            _block(ROWS, WIDE, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
-        elif nv == 2:
-            _block(ROWS, 2, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, 0)
-        else:
-            _block(ROWS, 0, ALONG_M, add, A, a, stride, B, bo, bks, C, c, crs, K, P, po, pks, left)
-        i += ROWS
-        po += K * pks
-    aks = 1 if along == ALONG_K else stride
-    while i < M:
-        a, c = ao + i * row, co + i * crs
-        if nv == WIDE:
-            _block(1, WIDE, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, 0)
-        elif nv == 2:
-            _block(1, 2, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, 0)
-        else:
-            _block(1, 0, ALONG_M, add, A, a, aks, B, bo, bks, C, c, crs, K, P, po, pks, left)
-        i += 1
-        po += K * pks
-    return po
+def _rows(left, nv):
+    """Rows of the next register block of nv vectors, of so many left; 8 are 8 or 4 and 4."""
+    if nv < WIDE:
+        return ROWS if left >= ROWS else 1
+    if left >= TALL and (TALL == 8 or left != 8):
+        return TALL
+    return 4 if left >= 4 else 1
 
 
 @serial
 def _fetched(M, N, K, lanes, span):
     """Elements that a step of a product has to fetch, so that all of them fetch `span`."""
-    steps = max((M // ROWS + M % ROWS) * ((N + WIDE * lanes - 1) // (WIDE * lanes)) * K, 1)
+    blocks = n = 0
+    while n < N:
+        nv, i = _vectors(N - n, lanes), 0
+        while i < M:
+            i += _rows(M - i, nv)
+            blocks += 1
+        n += max(nv, 1) * lanes
+    steps = max(blocks * K, 1)
     return (span + steps - 1) // steps
 
 
@@ -785,13 +793,17 @@ def _product(along, add, M, N, K, lanes, A, ao, stride, B, bo, bks, C, co, crs, 
     apart. Meanwhile `span` elements of P from po on are fetched into the second-level cache.
     """
     pks = _fetched(M, N, K, lanes, span)
+    by_row, by_step = (stride, 1) if along == ALONG_K else (1, stride)
     n = 0
     while n < N:
-        left = N - n
+        left, i = N - n, 0
         nv = _vectors(left, lanes)
-        po = _columns(
-            nv, left, along, add, M, A, ao, stride, B, bo + n, bks, C, co + n, crs, K, P, po, pks
-        )
+        while i < M:
+            rows, a, c = _rows(M - i, nv), ao + i * by_row, co + i * crs + n
+            way, apart = (ALONG_M, by_step) if rows == 1 else (along, stride)
+            _block(rows, nv, way, add, A, a, apart, B, bo + n, bks, C, c, crs, K, P, po, pks, left)
+            i += rows
+            po += K * pks
         n += max(nv, 1) * lanes
 
 
@@ -806,44 +818,15 @@ def _move_product(
     pks = _fetched(M, N, K, lanes, span)
     n = 0
     while n < N:
-        left, b, i = N - n, bo + n, 0
+        left, i = N - n, 0
         nv = _vectors(left, lanes)
         while i < M:
-            a, c, w = ao + i * stride, co + i * crs + n, wo + i * crs + n
-            if i + ROWS <= M:
-                if nv == WIDE:
-                    _move_block(
-                        ROWS, WIDE, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W,
-                        ms, w, rule,
-                    )  # fmt: skip
-                elif nv == 2:
-                    _move_block(
-                        ROWS, 2, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms,
-                        w, rule,
-                    )  # fmt: skip
-                else:
-                    _move_block(
-                        ROWS, 0, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, left, W,
-                        ms, w, rule,
-                    )  # fmt: skip
-                i += ROWS
-            else:
-                if nv == WIDE:
-                    _move_block(
-                        1, WIDE, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms,
-                        w, rule,
-                    )  # fmt: skip
-                elif nv == 2:
-                    _move_block(
-                        1, 2, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, 0, W, ms, w,
-                        rule,
-                    )  # fmt: skip
-                else:
-                    _move_block(
-                        1, 0, add, A, a, stride, B, b, bks, C, c, crs, K, P, po, pks, left, W, ms,
-                        w, rule,
-                    )  # fmt: skip
-                i += 1
+            rows, a, at = _rows(M - i, nv), ao + i * stride, i * crs + n
+            _move_block(
+                rows, nv, add, A, a, stride, B, bo + n, bks, C, co + at, crs, K, P, po, pks, left,
+                W, ms, wo + at, rule,
+            )  # fmt: skip
+            i += rows
             po += K * pks
         n += max(nv, 1) * lanes
 
@@ -858,21 +841,12 @@ def _exp_product(M, N, K, lanes, A, ao, stride, B, bks, C, co, crs, P, po, span,
     n = 0
     while n < N:
         nv, i = _vectors(N - n, lanes), 0
-        while i + ROWS <= M:
-            a, c = ao + i * stride, co + i * crs + n
-            if nv == WIDE:
-                _exp_block(ROWS, WIDE, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
-            elif nv == 2:
-                _exp_block(ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
-            else:
-                _exp_block(ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
-            i += ROWS
+        while i < M:
+            rows, a, c = _rows(M - i, nv), ao + i * stride, co + i * crs + n
+            _exp_block(rows, nv, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n)
+            i += rows
             po += K * pks
-        for lo in range(n, n + nv * lanes, lanes):
-            for j in range(i, M):
-                a, c = ao + j * stride, co + j * crs + lo
-                _exp_block(1, 1, A, a, stride, B, lo, bks, C, c, crs, K, P, po, pks, S, lo)
-        n += nv * lanes
+        n += max(nv, 1) * lanes
 
 
 @serial
@@ -882,34 +856,16 @@ def _exp_half_product(M, N, K, lanes, A, stride, B, bks, C, co, crs, P, po, span
     n = 0
     while n < N:
         nv, i = _vectors(N - n, lanes), 0
-        while i + ROWS <= M:
-            a, c, q = i * stride, co + i * crs + n, i // 2 * qrs + n
-            if nv == WIDE:
-                _exp_half_block(
-                    ROWS, WIDE, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n, Q, q, qrs
-                )
-            elif nv == 2:
-                _exp_half_block(
-                    ROWS, 2, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n, Q, q, qrs
-                )
-            else:
-                _exp_half_block(
-                    ROWS, 1, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n, Q, q, qrs
-                )
-            i += ROWS
+        while i < M:
+            rows, a, c, q = _rows(M - i, nv), i * stride, co + i * crs + n, i // 2 * qrs + n
+            if rows == 1 and i + 2 <= M:
+                rows = 2
+            _exp_half_block(
+                rows, nv, A, a, stride, B, n, bks, C, c, crs, K, P, po, pks, S, n, Q, q, qrs
+            )
+            i += rows
             po += K * pks
-        for lo in range(n, n + nv * lanes, lanes):
-            for j in range(i, M, 2):
-                a, c, q = j * stride, co + j * crs + lo, j // 2 * qrs + lo
-                if j + 2 <= M:
-                    _exp_half_block(
-                        2, 1, A, a, stride, B, lo, bks, C, c, crs, K, P, po, pks, S, lo, Q, q, qrs
-                    )
-                else:
-                    _exp_half_block(
-                        1, 1, A, a, stride, B, lo, bks, C, c, crs, K, P, po, pks, S, lo, Q, q, qrs
-                    )
-        n += nv * lanes
+        n += max(nv, 1) * lanes
 
 
 @serial
@@ -917,17 +873,13 @@ def _row_product(N, K, lanes, a, ao, B, bo, bks, c, co):
     """c[co : co + N] += a[ao : ao + K] B, B's rows bks apart from bo on."""
     n = 0
     while n < N:
-        left, b, to = N - n, bo + n, co + n
-        nv = 4 if left >= 4 * lanes else 2 if left >= 2 * lanes else 1
-        if nv == 4:
-            _block(1, 4, ALONG_K, True, a, ao, 0, B, b, bks, c, to, 0, K, B, b, 0, 0)
-        elif nv == 2:
-            _block(1, 2, ALONG_K, True, a, ao, 0, B, b, bks, c, to, 0, K, B, b, 0, 0)
-        elif left >= lanes:
-            _block(1, 1, ALONG_K, True, a, ao, 0, B, b, bks, c, to, 0, K, B, b, 0, 0)
-        else:
-            _block(1, 0, ALONG_K, True, a, ao, 0, B, b, bks, c, to, 0, K, B, b, 0, left)
-        n += nv * lanes
+        left = N - n
+        whole = left // lanes
+        nv = 4 if whole >= 4 else min(whole, 2)
+        _row_block(
+            1, nv, ALONG_M, True, a, ao, 1, B, bo + n, bks, c, co + n, 0, K, B, bo + n, 0, left
+        )
+        n += max(nv, 1) * lanes
 
 
 @intrinsic(prefer_literal=True)

@@ -148,11 +148,11 @@ def draw(N, n_items, D, dtype, seed=0):
 
 EVENTS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 48, 80, 127, 128, 129, 255, 256, 257, 513)
 SIZES = [(1, 1), (2, 3), (95, 5), (96, 16), (97, 17), (48, 64), (150, 65), (511, 4), (513, 12)]
-THREE_VECTORS_AND_MORE = [(40, 55), (105, 112)]
+FOUR_VECTORS_AND_MORE = [(40, 70), (110, 100)]
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize(("n_items", "D"), SIZES + THREE_VECTORS_AND_MORE)
+@pytest.mark.parametrize(("n_items", "D"), SIZES + FOUR_VECTORS_AND_MORE)
 def test_output_and_score_in_blocks_and_tiles(n_items, D, dtype):
     for N in EVENTS:
         H, W_out, y = draw(N, n_items, D, dtype)
