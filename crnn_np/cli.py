@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def main():
     \b
     crnn-np fetch brightkite --to raw
     crnn-np prepare raw/loc-brightkite_totalCheckins.txt.gz --like brightkite --out bk
-    crnn-np train bk --preset authors --out bk.model
+    crnn-np train bk --preset mixture --out bk.model
     crnn-np evaluate bk.model bk
     crnn-np explain bk.model --user 241 --plot 241.png
     """
@@ -66,7 +67,7 @@ class _Range(click.ParamType):
             low, high = (int(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is not two whole numbers with a comma, such as 3,500")
-        if not 0 <= low <= high:
+        if not 0 <= low <= high < 1 << 62:
             self.fail(f"{value!r} is not a range of numbers of events, such as 3,500")
         return low, high
 
@@ -86,7 +87,11 @@ def _separator(context, parameter, value):
     "Parquet table with a header.",
 )
 @click.option("--out", required=True, type=click.Path(), help="Directory to make.")
-@click.option("--force", is_flag=True, help="Replace the prepared data set at --out.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace the prepared data set at --out, where nothing else lies in that directory.",
+)
 @click.option("--user-column", default="user", show_default=True, help="Tables: column of users.")
 @click.option("--item-column", default="item", show_default=True, help="Tables: column of items.")
 @click.option(
@@ -340,8 +345,8 @@ def _settings_options(command):
 @click.option(
     "--checkpoint",
     type=click.Path(),
-    help="File to write after each epoch. Where it is there, training goes on from it, to the same "
-    "bytes as without a break. It goes when the training has ended.",
+    help="File to write after each epoch. Where it is there, training goes on from it, with the "
+    "same number of threads to the same bytes as without a break. It goes when training has ended.",
 )
 @_settings_options
 def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, **changes):
@@ -354,20 +359,27 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
     crnn-np train bk --model bigram --out bigram.model
 
     The preset gives every setting; its Last.fm column is taken where the data were prepared with
-    --like lastfm. OUT.jsonl gets a line with the settings and one for each epoch. The model is
-    written after each epoch, so that an interrupted training leaves the last one.
+    --like lastfm. OUT.jsonl gets a line with the settings and one for each epoch. Without early
+    stopping the model is written after each epoch, so that an interrupted training leaves the last
+    one; with early stopping from when the number of epochs is known. A --checkpoint keeps either.
     """
     if not (out or dry_run):
         raise click.MissingParameter(param_hint="'--out'", param_type="option")
-    out = Path(out or "model")
-    for path in (out, Path(checkpoint or out)):
-        if not path.absolute().parent.is_dir():
-            raise ModelError(f"{path}: its folder does not exist; make it first")
+    log_path = Path(log_file or f"{out}.jsonl")
+    if not dry_run:
+        places = [("--out", out), ("--log", log_path)]
+        if checkpoint:
+            places += [("--checkpoint", checkpoint), ("--checkpoint", f"{checkpoint}.best")]
+        _check_places(directory, places)
     parts = data.load(directory)
     changes = {key: value for key, value in changes.items() if value is not None}
     if name in methods.BASELINES:
-        if dry_run or checkpoint:
-            raise click.BadOptionUsage("--model", f"{name} has no --dry-run and no --checkpoint")
+        source = click.get_current_context().get_parameter_source
+        strange = ("dry_run", "checkpoint", "preset", "backend", "log_file")
+        given = [x for x in strange if source(x) is click.core.ParameterSource.COMMANDLINE]
+        if given:
+            flags = " and no ".join("--" + x.removesuffix("_file").replace("_", "-") for x in given)
+            raise click.BadOptionUsage("--model", f"{name} has no {flags}")
         model = methods.new(name, **changes).fit(parts.train)
         model.save(out)
         click.echo(f"{model}\nmodel written to {out}")
@@ -378,33 +390,55 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
     if dry_run:
         _dry_run(model, parts.train)
         return
-    log_path = Path(log_file or f"{out}.jsonl")
-    with log_path.open("w", encoding="utf-8") as lines:
-
-        def log_line(record):
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-
-        log_line({"data": str(directory), "settings": model.get_params()})
-        click.echo(
-            f"{parts.train.n_users} users, {parts.train.n_items} items, "
-            f"{parts.train.n_events} training events; {model}"
-        )
-        settings = *model.settings, parts.train
-        needed = planning.memory(*settings, backend=backend)
-        click.echo(_memory_line(needed, planning.device_memory(*settings, backend=backend)))
-        with _epoch_progress() as progress:  # only now: its clock would count the compilation
-            for report in model.epochs(parts.train, progress=progress, checkpoint=checkpoint):
-                record = report._asdict()
-                del record["params"], record["accumulators"]
-                log_line(record | {"events_per_second": report.events / report.seconds})
-                click.echo(_epoch_line(report))
-                if report.phase != "choose":
-                    model.save(out)
+    click.echo(
+        f"{parts.train.n_users} users, {parts.train.n_items} items, "
+        f"{parts.train.n_events} training events; {model}"
+    )
+    settings = *model.settings, parts.train
+    needed = planning.memory(*settings, backend=backend)
+    click.echo(_memory_line(needed, planning.device_memory(*settings, backend=backend)))
+    lines = [{"data": str(directory), "settings": model.get_params()}]
+    with _epoch_progress() as progress:  # only now: its clock would count the compilation
+        for report in model.epochs(parts.train, progress=progress, checkpoint=checkpoint):
+            record = report._asdict()
+            del record["params"], record["accumulators"]
+            lines.append(record | {"events_per_second": report.events / report.seconds})
+            _write_log(log_path, lines)
+            click.echo(_epoch_line(report))
+            if report.phase != "choose":
+                model.save(out)
     if checkpoint:
         Path(checkpoint).unlink()
         Path(f"{checkpoint}.best").unlink(missing_ok=True)
     click.echo(f"model written to {out}, log to {log_path}")
+
+
+def _check_places(directory, places):
+    """Raise where a file can't be written, or would be written over another one."""
+    taken = {(Path(directory) / name).resolve(): f"a file of {directory}" for name in data.FILES}
+    for option, place in places:
+        path = Path(place)
+        try:
+            if not path.absolute().parent.is_dir():
+                raise ModelError(f"{path}: its folder does not exist; make it first")
+            if path.is_dir():
+                raise ModelError(f"{path} is a directory: {option} needs the name of a file")
+        except OSError as error:
+            raise ModelError(f"{path} can't be written ({error.strerror})") from error
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise ModelError(f"{path}: its folder can't be written to; choose another")
+        where = path.resolve()
+        if where in taken:
+            raise ModelError(f"{path} is {taken[where]}: choose another name for {option}")
+        taken[where] = f"the file of {option} too"
+
+
+def _write_log(path, lines):
+    """JSON lines; all of them after each epoch, so that a failing start leaves the old ones."""
+    try:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{path}: the log can't be written ({error.strerror})") from error
 
 
 def _dry_run(model, log):

@@ -99,6 +99,11 @@ def from_sequences(
     items = np.concatenate([part.astype(np.int64) for part in parts] or [np.zeros(0, np.int64)])
     if n_items is None:
         n_items = int(items.max(initial=-1)) + 1
+    if n_items > np.iinfo(np.int32).max:
+        raise DataError(
+            f"items run up to {n_items - 1}: they are numbers from 0 on, without gaps; "
+            "`read_events` makes them of ids"
+        )
     if items.size and not 0 <= items.min() <= items.max() < n_items:
         raise DataError(
             f"items run from {items.min()} to {items.max()}: with n_items = {n_items} "
@@ -279,7 +284,7 @@ def split(
     low, high = heldout_range
     if not 0 <= heldout_fraction <= 1:
         raise SettingsError(f"heldout_fraction is {heldout_fraction}: 0 to 1 was expected")
-    if not 0 <= low <= high:
+    if not 0 <= low <= high < 1 << 62:
         raise SettingsError(f"heldout_range is {low},{high}: 0 <= fewest <= most was expected")
     if max_train_events is not None and max_train_events < 1:
         raise SettingsError(f"max_train_events is {max_train_events}: at least 1 was expected")
@@ -364,12 +369,21 @@ def save(split: Split, directory: str | os.PathLike, stats: dict, replace: bool 
 def check_destination(directory: str | os.PathLike, replace: bool = False) -> None:
     """Raise `DataError` unless `save` may write to `directory`."""
     directory = Path(directory)
-    if not directory.exists():
-        return
+    try:
+        if not directory.exists():
+            return
+    except OSError as error:
+        raise DataError(f"{directory} can't be written ({error.strerror})") from error
     if not (directory / "stats.json").is_file() or not (directory / "train.parquet").is_file():
         raise DataError(f"{directory} exists and is no prepared data set: choose another place")
     if not replace:
         raise DataError(f"{directory} holds a prepared data set already: --force replaces it")
+    others = sorted({path.name for path in directory.iterdir()} - set(FILES))
+    if others:
+        raise DataError(
+            f"{directory} holds other files too, {', '.join(others[:5])}: move them elsewhere, "
+            "since all of it is replaced"
+        )
 
 
 def load(directory: str | os.PathLike) -> Split:

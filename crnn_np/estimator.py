@@ -311,6 +311,10 @@ class CollaborativeRNN:
             There is no such file, or it is not a model of this package.
         """
         saved = model.load(path)
+        if "epochs_done" not in saved.settings:
+            raise ModelError(
+                f"{path} is a checkpoint, not a model: `crnn-np train --checkpoint` goes on from it"
+            )
         epochs_done = saved.settings.pop("epochs_done")
         loaded = cls(**saved.settings)
         loaded.fitted = loaded.settings

@@ -61,8 +61,8 @@ def summarise(
     """
     if user.size == 0:
         raise DataError(
-            "no held-out event to evaluate: 0 came, at least 1 is expected; "
-            "was the held-out part cut from the same log?"
+            "no event to evaluate: 0 came, at least 1 is expected; was the held-out part cut from "
+            "the same log, and are there training events enough for a validation part?"
         )
     measures = {
         "nll": nll,

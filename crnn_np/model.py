@@ -369,7 +369,10 @@ def save(
     # One entry: safetensors writes several in any order, and the file would not repeat.
     metadata = {FORMAT: json.dumps(settings, sort_keys=True)}
     try:
+        part.touch()
+        mode = part.stat().st_mode  # safetensors lets nobody else read what it writes
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata)
+        part.chmod(mode)
         part.replace(path)
     except Exception as error:
         part.unlink(missing_ok=True)

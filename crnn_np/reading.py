@@ -3,6 +3,7 @@
 import codecs
 import csv
 import difflib
+import io
 import logging
 import os
 import tarfile
@@ -98,7 +99,9 @@ def read_counted(
     """Read a raw log, as `read_events`, and say what was left out.
 
     A line is malformed if it has another number of columns, an empty user or item, a time that
-    can't be read, or one of the three is not UTF-8. Blank lines at the end do not count.
+    can't be read, or one of the three is not UTF-8. Blank lines at the end do not count. Lines
+    inside one of the three, or inside quotes to the end of the file, are counted by themselves: a
+    quote is left open.
 
     Parameters
     ----------
@@ -119,7 +122,7 @@ def read_counted(
         Of the columns of a text table; by default found from the header. Quotes have no
         meaning where it is a tab.
     max_malformed : float
-        Largest share of malformed lines.
+        Largest share of malformed lines, and of lines inside quotes that are left open.
     progress : callable, optional
         Called with (done, total), in bytes of a text file or rows of a Parquet file.
 
@@ -141,6 +144,9 @@ def read_counted(
         raise SettingsError(f"item and paper_items are for lastfm logs, not for {like}")
     if paper_items and item == "track":
         raise SettingsError("paper_items is a rule for artists: leave it out with item = track")
+    columns = user_column, item_column, time_column, separator
+    if like != "table" and columns != ("user", "item", None, None):
+        raise SettingsError(f"columns and their separator are for tables, not for {like} logs")
     if like != "brightkite" and drop_null_place:
         raise SettingsError(f"drop_null_place is for brightkite logs, not for {like}")
     if separator is not None and (len(separator.encode()) != 1 or separator in '"\r\n'):
@@ -174,6 +180,9 @@ class _Rows:
         self.n_delivered = 0
         self.n_unusable = 0
         self.last_written = None  # among the delivered rows
+        self.n_lines = 0  # of the file, where a value may run over several lines
+        self.n_swallowed = 0  # of these, inside quotes that were not meant to be
+        self.opening = 0  # the first line that opens such a quote
         self.hopeless = False
         self.examples = []
 
@@ -227,6 +236,14 @@ def _check_lines(source: Path, rows: _Rows, max_malformed: float) -> None:
     n_lines, n_malformed, examples = rows.count()
     if n_lines == 0:
         raise DataError(f"{source} holds no events")
+    if rows.n_swallowed:
+        found = (
+            f"{source}: {rows.n_swallowed} of {rows.n_lines} lines are inside quotes that an "
+            f"earlier line opens, the first one line {rows.opening}: is a quote left open there?"
+        )
+        if rows.n_swallowed > max_malformed * rows.n_lines:
+            raise DataError(f"{found} More than --max-malformed {max_malformed:g} allows")
+        logger.warning("%s", found)
     if n_malformed == 0:
         return
     shown = "; ".join(f"line {line}: {fault}" for line, fault in examples)
@@ -244,14 +261,17 @@ def _check_lines(source: Path, rows: _Rows, max_malformed: float) -> None:
 
 def _peek(source: Path) -> bytes:
     """Return the first bytes of the text of a file; raise if it can't hold a log."""
-    if source.is_dir():
-        raise DataError(f"{source} is a directory: a log file was expected")
-    if not source.exists():
-        raise DataError(f"{source}: no such file")
+    with _reading(source):
+        if source.is_dir():
+            raise DataError(f"{source} is a directory: a log file was expected")
+        if not source.exists():
+            raise DataError(f"{source}: no such file")
+        if not source.is_file():
+            raise DataError(f"{source} is no plain file, which is read twice: make one of it first")
     with _reading(source), ExitStack() as stack:
         raw, stream = _open(source, stack)
         head = stream.read(1 << 16)
-    if not head:
+    if not head.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{source} is empty")
     for magic, name in PACKED.items():
         if head.startswith(magic):
@@ -304,7 +324,8 @@ def _reading(source: Path):
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         if "straddling" in reason:
             raise DataError(
-                f"{source}: a line is longer than {BLOCK} bytes: is this a text file?"
+                f"{source}: a line is longer than {BLOCK} bytes: is this a text file, and is "
+                "every quote closed?"
             ) from error
         advice = "" if getattr(error, "errno", None) else ": is it truncated or damaged?"
         raise DataError(f"{source} can't be read ({reason}){advice}") from error
@@ -337,9 +358,10 @@ def _text_batches(
             stream = _open_member(source, stream, stack)
         if head.startswith(codecs.BOM_UTF8):
             stream.read(len(codecs.BOM_UTF8))
+        lines = _Lines(stream)
         try:
             reader = arrow_csv.open_csv(
-                stream,
+                stack.enter_context(pa.PythonFile(lines, mode="r")) if quoted else stream,
                 # one thread: the parser numbers malformed lines only then
                 read_options=arrow_csv.ReadOptions(
                     column_names=names,
@@ -365,9 +387,64 @@ def _text_batches(
                 if progress:
                     progress(raw.tell(), size)
                 yield [batch.column(name) for name in wanted]
+            if quoted:
+                rows.n_lines = lines.count()
+                if rows.n_lines > rows.header + rows.n_delivered + len(rows.left_out):
+                    rows.n_swallowed, rows.opening = _swallowed(source, separator, use)
         except pa.ArrowInvalid as error:
             if not rows.hopeless and "Empty CSV file" not in str(error):
                 raise
+
+
+class _Lines(io.RawIOBase):
+    """A stream that counts its lines."""
+
+    def __init__(self, stream):
+        self.stream, self.n, self.begun = stream, 0, False
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.stream.read(size)
+        if block:
+            self.n += block.count(b"\n")
+            self.begun = not block.endswith(b"\n")
+        return block
+
+    def count(self) -> int:
+        return self.n + self.begun
+
+
+def _swallowed(source: Path, separator: str, use: tuple) -> tuple[int, int]:
+    """Lines inside quotes that were not meant to be, and the first line that opens such a quote.
+
+    Those of the columns `use`, and those of a quote that the file does not close.
+    """
+    n = first = 0
+    record = []  # its lines
+
+    def lines(text):
+        for line in text:
+            record.append(line)
+            yield line
+
+    limit = csv.field_size_limit(BLOCK)
+    try:
+        with ExitStack() as stack:
+            _, stream = _open(source, stack)
+            text = io.TextIOWrapper(io.BufferedReader(stream), encoding="latin-1", newline="")
+            reader = csv.reader(lines(stack.enter_context(text)), delimiter=separator)
+            for row in reader:
+                ours = any("\n" in row[place] for place in use if place < len(row))
+                opened = len(record) > 1 and "".join(record).count('"') % 2
+                if ours or opened:
+                    first = first or reader.line_num - len(record) + 1
+                    n += len(record) - 1
+                record.clear()
+    finally:
+        csv.field_size_limit(limit)
+    return n, first
 
 
 def _brightkite_batches(
@@ -444,6 +521,8 @@ def _missing(names: list[str], wanted: tuple) -> list[str]:
 def _positions(source: Path, names: list[str], wanted: tuple, separator: str | None) -> tuple:
     """Positions of the columns user, item and, if there is one, time."""
     for name, option in zip(wanted, ("user", "item", "time"), strict=True):
+        if names.count(name) > 1:
+            raise DataError(f"{source}, line 1: {names.count(name)} columns are named {name!r}")
         if not _missing(names, (name,)):
             continue
         shown = ", ".join(repr(other) for other in names[:20])
@@ -478,12 +557,33 @@ def _parquet_batches(
             user, item, *time = (batch.column(name) for name in use)
             if progress:
                 progress(rows.n_delivered + len(batch), file.metadata.num_rows)
-            user, item = (column.cast(pa.string()).dictionary_encode() for column in (user, item))
+            with _casting(source, use[0], user.type, "ids"):
+                user = user.cast(pa.string()).dictionary_encode()
+            with _casting(source, use[1], item.type, "ids"):
+                item = item.cast(pa.string()).dictionary_encode()
+            seconds = None
+            if time:
+                with _casting(source, use[2], time[0].type, "times"):
+                    seconds = _seconds(time[0])
             yield (
                 _numbered(user.indices, user.dictionary),
                 _numbered(item.indices, item.dictionary),
-                _seconds(time[0]) if time else None,
+                seconds,
             )
+
+
+@contextmanager
+def _casting(source: Path, name: str, kind, wanted: str):
+    """Turn a failing cast of a column into a `DataError` with the column's name."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{source}: column {name!r} of type {kind} can't be read as {wanted} ({reason})"
+        ) from error
 
 
 def _seconds(column):

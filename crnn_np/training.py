@@ -14,7 +14,7 @@ import numpy as np
 
 from . import backends, model
 from .data import EventLog, checksum, concatenate, cut_tail
-from .errors import ModelError, SettingsError, TrainingError
+from .errors import DataError, ModelError, SettingsError, TrainingError
 from .evaluation import evaluate, read_past, target_cells
 from .history import Past
 from .model import (
@@ -369,10 +369,10 @@ def epochs(
         Number of the first epoch; the order of users and the dropout masks depend on it.
     checkpoint : path, optional
         File to write after each epoch. Where it is there, its epochs are reported again, with the
-        arrays of the last one, and training goes on after it, to the same bytes as without a
-        break; without early stopping, to another number of epochs if need be. It stays when
-        training has ended; the best epoch's parameters, where those are the result, stay in a
-        second file, with ``.best`` behind the name. Not with `params`.
+        arrays of the last one, and training goes on after it, with the same number of threads to
+        the same bytes as without a break; without early stopping, to another number of epochs if
+        need be. It stays when training has ended; the best epoch's parameters, where those are the
+        result, stay in a second file, with ``.best`` behind the name. Not with `params`.
     progress : callable, optional
         Called about twice a second with (events done, events of the epoch, summed loss).
 
@@ -385,6 +385,8 @@ def epochs(
         The checkpoint is of another training, or cannot be written.
     TrainingError
         The loss became infinite or NaN.
+    DataError
+        There is no event to predict.
     """
     if params is not None and (plan.patience or checkpoint is not None):
         other = f"patience is {plan.patience}" if plan.patience else f"{checkpoint} is a checkpoint"
@@ -412,6 +414,11 @@ def epochs(
             )
         for report in before:
             yield report._replace(epochs=last, params=params, accumulators=accumulators)
+        if not (part.lengths > 1).any():
+            raise DataError(
+                "no user has two training events, so there is none to predict: prepare longer "
+                "sequences, or cut less off them"
+            )
         if params is None or (phase != "train" and not before):
             params = initialise(spec, log.n_users, log.n_items, plan.seed)
             accumulators = None

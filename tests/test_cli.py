@@ -155,6 +155,9 @@ def test_force(tmp_path):
     assert run("prepare", source, "--out", out, "--force").exit_code == 0
     assert (out / "train.parquet").read_bytes() == before
     assert "no prepared data set" in fails("prepare", source, "--out", tmp_path, "--force")
+    (out / "my.model").touch()
+    assert "other files too, my.model" in fails("prepare", source, "--out", out, "--force")
+    assert (out / "my.model").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "set"]
 
 
@@ -167,8 +170,10 @@ GOOD = b"7\t2009-01-02T00:00:05Z\t1.0\t2.0\tplace\n"
     [
         (b"", (), "is empty"),
         (gzip.compress(b"", mtime=0), (), "is empty"),
+        (b"\xef\xbb\xbf", (), "is empty"),
+        (b"user,user,item\na,b,x\n", (), "2 columns are named 'user'"),
         (b"user,item\n", (), "holds no events"),
-        (b"\n\n\n", ("--like", "lastfm"), "holds no events"),
+        (b"\n\n\n", ("--like", "lastfm"), "is empty"),
         (None, (), "no such file"),
         ("directory", (), "is a directory"),
         (b"user;item\na;x\n", ("--separator", ","), "no column 'user' among 'user;item'; is ','"),
@@ -209,6 +214,7 @@ def test_files_that_are_no_log(tmp_path, content, options, told):
     [
         ("--heldout-range", "3"),
         ("--heldout-range", "9,3"),
+        ("--heldout-range", "3,99999999999999999999"),
         ("--heldout-fraction", "2"),
         ("--like", "gowalla"),
         ("--nonsense", "1"),
@@ -224,6 +230,18 @@ def test_wrong_options(tmp_path, options):
 def test_options_that_do_not_fit(tmp_path):
     source = table(tmp_path / "log.csv")
     assert "lastfm" in fails("prepare", source, "--out", tmp_path / "set", "--paper-items")
+
+
+def test_names_that_are_too_long(tmp_path):
+    source, name = table(tmp_path / "log.csv"), "a" * 300
+    assert "can't be read" in fails("prepare", tmp_path / name, "--out", tmp_path / "set")
+    assert "can't be written" in fails("prepare", source, "--out", tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no plain file" in fails("prepare", tmp_path / "pipe", "--out", tmp_path / "set")
 
 
 def module(*arguments, **environment):
@@ -494,7 +512,11 @@ def test_the_preset_follows_the_kind_of_log(prepared, tmp_path):
         (lambda a, p: [p / "nowhere", *a[1:]], "no such directory"),
         (lambda a, p: [*a, "--dropout-in", "1.5"], "dropout_in is 1.5: expected 0 to 0.99"),
         (lambda a, p: [*a, "--learning-rate", "-1"], "learning_rate is -1.0: expected 0 to 10"),
-        (lambda a, p: [*a, "--model", "bigram"], "there is no setting "),
+        (lambda a, p: [*a[:3], "--model", "bigram", "--seed", 1], "there is no setting "),
+        (lambda a, p: [*a[:2], p, *a[3:]], "is a directory: --out needs the name of a file"),
+        (lambda a, p: [*a, "--log", p / "m"], "m is the file of --out too: choose another"),
+        (lambda a, p: [*a, "--checkpoint", p / "m"], "choose another name for --checkpoint"),
+        (lambda a, p: [*a, "--log", a[0] / "stats.json"], "choose another name for --log"),
         (lambda a, p: [*a, "--model", "c-gru", "--cell", "tanh"], "c-gru has cell 'gru' and"),
     ],
 )
@@ -502,6 +524,36 @@ def test_train_refuses(prepared, tmp_path, change, error):
     arguments = change([prepared / "table", "--out", tmp_path / "m", *SMALL], tmp_path)
     assert error in fails("train", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option", [("--preset", "paper"), ("--backend", "numpy"), ("--log", "x"), ("--dry-run",)]
+)
+def test_a_baseline_has_no_such_option(prepared, tmp_path, option):
+    arguments = ("--out", tmp_path / "m", "--model", "unigram")
+    result = run("train", prepared / "table", *arguments, *option)
+    assert result.exit_code == 2
+    assert f"unigram has no {option[0]}" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_does_not_begin_leaves_the_old_log(prepared, tmp_path):
+    out, log = tmp_path / "m", tmp_path / "m.jsonl"
+    assert run("train", prepared / "table", "--out", out, *SMALL).exit_code == 0
+    before = log.read_bytes()
+    (tmp_path / "c").write_text("no checkpoint")
+    fails_late = run(
+        "train", prepared / "table", "--out", out, *SMALL, "--checkpoint", tmp_path / "c"
+    )
+    assert fails_late.exit_code == 1
+    assert log.read_bytes() == before
+
+
+def test_evaluate_refuses_a_checkpoint(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(CollaborativeRNN, "save", lambda *_: sys.exit(7))
+    options = (*SMALL, "--out", tmp_path / "m", "--checkpoint", tmp_path / "c")
+    assert run("train", prepared / "table", *options).exit_code == 7
+    assert "is a checkpoint, not a model" in fails("evaluate", tmp_path / "c", prepared / "table")
 
 
 def test_evaluate_refuses(prepared, tmp_path):

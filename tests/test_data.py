@@ -69,6 +69,11 @@ def test_from_sequences_refuses(wrong):
         data.from_sequences(wrong, 5)
 
 
+def test_ids_are_no_item_numbers():
+    with pytest.raises(DataError, match="up to 1099511627776: they are numbers from 0 on"):
+        data.from_sequences([[1 << 40]])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_concatenate_undoes_cut_tail(seed):
     log = random_log(seed)
@@ -204,6 +209,10 @@ def test_save_replaces_only_a_data_set_and_only_on_demand(tmp_path, parts):
     data.save(parts, tmp_path / "set", {})
     with pytest.raises(DataError, match="--force"):
         data.save(parts, tmp_path / "set", {})
+    write(tmp_path / "set" / "my.model", "x")
+    with pytest.raises(DataError, match="other files too, my.model: move"):
+        data.save(parts, tmp_path / "set", {}, replace=True)
+    (tmp_path / "set" / "my.model").unlink()
     data.save(parts, tmp_path / "set", {"like": "brightkite"}, replace=True)
     assert data.load_stats(tmp_path / "set")["like"] == "brightkite"
     (tmp_path / "other").mkdir()

@@ -126,7 +126,7 @@ def test_summary_where_every_user_has_one_event():
 
 def test_summary_of_nothing():
     empty = np.zeros(0)
-    with pytest.raises(DataError, match="no held-out event"):
+    with pytest.raises(DataError, match="no event to evaluate"):
         evaluation.summarise(empty.astype(int), empty.astype(bool), empty, empty, 3)
 
 
@@ -261,7 +261,7 @@ def test_evaluate_changes_nothing_it_is_given(name):
 @pytest.mark.parametrize("heldout", [[0, 0], [1, 0]])
 def test_evaluate_without_a_held_out_event_that_has_one_before_it(heldout):
     spec, params, _, parts = make("gru", "pooled", [1, 5], heldout)
-    with pytest.raises(DataError, match="no held-out event"):
+    with pytest.raises(DataError, match="no event to evaluate"):
         evaluation.evaluate(backends.get("numpy"), spec, params, *parts)
 
 

@@ -120,6 +120,12 @@ def test_load_returns_what_was_saved(tmp_path, dtype, with_accumulators):
         assert theirs.tolist() == ours.tolist()
 
 
+def test_others_may_read_a_file_as_any_other(tmp_path):
+    model.save(tmp_path / "m", *make())
+    (tmp_path / "other").touch()
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_ids_that_are_all_empty(tmp_path):
     params, acc, settings, _, items = make()
     users = np.array([""] * USER_IDS.size, object)

@@ -118,7 +118,7 @@ def test_an_estimate_of_a_log_without_a_pair_of_events():
         found = planning.estimate(SPEC, RULE, PLAN, log, backend="numpy")
         assert found.events == 0
         assert found.windows == log.n_events // 2
-        with pytest.raises(DataError, match="no held-out event"):
+        with pytest.raises(DataError, match="no event to evaluate"):
             planning.estimate(SPEC, RULE, replace(PLAN, patience=1), log, backend="numpy")
         assert not tracemalloc.is_tracing()
 

@@ -4,6 +4,7 @@ import tomllib
 from dataclasses import fields
 from importlib import resources
 
+import numpy as np
 import pytest
 
 from crnn_np import presets
@@ -120,6 +121,13 @@ def test_a_list_stands_for_the_range():
     """As it comes from a JSON file."""
     changed = presets.resolve(None, validation_range=[2, 9])
     assert changed.plan == Plan(validation_range=(2, 9))
+
+
+def test_a_number_of_numpy_is_a_number():
+    """As it comes from a search over settings."""
+    changed = presets.resolve(None, hidden_size=np.int64(4), rho=np.float64(0.5))
+    assert changed == presets.resolve(None, hidden_size=4, rho=0.5)
+    assert type(changed.spec.hidden_size) is int
 
 
 @pytest.mark.parametrize(

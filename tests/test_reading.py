@@ -147,6 +147,27 @@ def test_quotes(tmp_path):
     assert sequences(reading.read_events(source)) == {"a": ['"x'], "b": ['y"']}
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("item", ['"5 inch', 'x,"5 inch'])
+def test_a_quote_left_open(tmp_path, caplog, pack, item):
+    lines = ["user,item,note", *["a,x,n"] * 40, f"b,{item}", *["c,y,n"] * 30]
+    source = write(tmp_path / "q.csv", pack("\n".join(lines).encode()))
+    told = "30 of 72 lines are inside quotes .* first one line 42: is a quote left open"
+    with pytest.raises(DataError, match=told):
+        reading.read_events(source)
+    reading.read_events(source, max_malformed=0.5)
+    assert "is a quote left open there?" in caplog.text
+
+
+def test_an_id_of_two_lines_is_told_and_a_note_of_two_lines_is_not(tmp_path, caplog):
+    text = "user,item,note\n" + "a,x,n\n" * 200
+    reading.read_events(write(tmp_path / "q.csv", text + 'a,x,"n\nn"\n'))
+    assert not caplog.text
+    log = reading.read_events(write(tmp_path / "q.csv", text + 'a,"x\nx",n\na,x,n\n'))
+    assert "1 of 204 lines" in caplog.text
+    assert log.n_events == 202
+
+
 @pytest.mark.parametrize(
     ("written", "seconds"),
     [
@@ -207,6 +228,11 @@ def test_parquet_refuses(tmp_path):
         reading.read_events(parquet(tmp_path / "log", user=["a"], item=[["x"]]))
     with pytest.raises(DataError, match="'item' among 'user', 'items'; the nearest is 'items'"):
         reading.read_events(parquet(tmp_path / "log", user=["a"], items=["x"]))
+    clock = pa.array([1], pa.time32("ms"))
+    with pytest.raises(DataError, match="'time' of type time32.* can't be read as times"):
+        reading.read_events(parquet(tmp_path / "log", user=["a"], item=["x"], time=clock))
+    with pytest.raises(DataError, match="'item' of type binary can't be read as ids"):
+        reading.read_events(parquet(tmp_path / "log", user=["a"], item=[b"\xff"]))
     write(tmp_path / "log", (tmp_path / "log").read_bytes()[:100])
     with pytest.raises(DataError, match="can't be read"):
         reading.read_events(tmp_path / "log")
@@ -230,6 +256,8 @@ def test_progress(tmp_path):
         {"drop_null_place": True},
         {"separator": ", "},
         {"separator": '"'},
+        {"like": "brightkite", "user_column": "who"},
+        {"like": "lastfm", "separator": ";"},
         {"max_malformed": 2},
     ],
 )

@@ -180,7 +180,7 @@ def _scores(learned: MatrixFactorization.Learned, events: Targets) -> tuple[Arra
     by_factor = np.ascontiguousarray(learned.items.T)
     item = events.log.items[events.at]
     user, begin = np.unique(events.user, return_index=True)
-    for u, a, b in zip(user, begin, np.append(begin[1:], item.size), strict=True):
+    for u, a, b in zip(user, begin, np.append(begin, item.size)[1:], strict=True):
         z = _logits(by_factor, learned.users[u])
         top = z.max()
         nll[a:b] = top + np.log(np.exp(z - top).sum()) - z[item[a:b]]

@@ -5,6 +5,8 @@ from dataclasses import fields
 from importlib import resources
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..datasets import KNOWN
 from ..errors import SettingsError
 from ..model import Spec
@@ -60,7 +62,7 @@ def resolve(preset: str | None = "paper", like: str | None = None, **changes: An
         chosen |= special.get(like, {})
     if like is not None and like not in LIKES:
         raise SettingsError(f"like is {like!r}: {nearest(like, LIKES)}")
-    chosen |= changes
+    chosen |= {k: v.item() if isinstance(v, np.generic) else v for k, v in changes.items()}
     known = [f.name for cls in CLASSES for f in fields(cls)]
     for name in chosen:
         if name not in known:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from crnn_np import data
 from crnn_np.baselines import MatrixFactorization, Uniform, mf, validation_parts
-from crnn_np.errors import ModelError, SettingsError
+from crnn_np.errors import DataError, ModelError, SettingsError
 
 
 def log_of(*sequences, n_items):
@@ -133,6 +133,12 @@ def test_without_events():
     scores = model.evaluate(train, log_of([], [], [], [5, 7], *[[]] * 8, n_items=30), n=30)
     assert scores["nll"] == pytest.approx(np.log(30))
     assert scores["mrr@30"] == pytest.approx(1 / 30)
+
+
+def test_nothing_to_evaluate():
+    model = MatrixFactorization(rank=3, penalty=0.1).fit(random_log(2))
+    with pytest.raises(DataError, match="no event to evaluate"):
+        model.evaluate(random_log(2), log_of(*[[]] * 12, n_items=30))
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_errors_and_ranks(split, kind, epsilon, n):
     rows = expected(kind, epsilon, split)
     model = kind().fit(split.train) if kind is Uniform else kind(epsilon=epsilon).fit(split.train)
     if not rows:
-        with pytest.raises(DataError, match="no held-out event"):
+        with pytest.raises(DataError, match="no event to evaluate"):
             model.evaluate(*split, n=n)
         return
     scores = model.evaluate(*split, n=n, per_user=True)
