@@ -675,10 +675,9 @@ def _move_block(
     """`_rmsprop` on W[wo + i crs + v] by what `_block` along K would write to C, and does not."""
 
     def codegen(context, builder, signature, args):
-        *size, left_ = *args[:2], args[-5]
-        *product, _, W_, ms_, wo_, rule_ = args[2:]
+        rows_, vectors_, *product, left_, W_, ms_, wo_, rule_ = args
         numbers = cgutils.unpack_tuple(builder, rule_)
-        for block in Registers.each(context, builder, A, SIZES, size, left_):
+        for block in Registers.each(context, builder, A, SIZES, (rows_, vectors_), left_):
             new = _emit_product(block, (A, B, C, P), True, *product)
             _emit_rmsprop(block, new, (W, W_), (ms, ms_), wo_, product[9], *numbers)
         return context.get_dummy_value()
