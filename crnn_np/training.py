@@ -53,7 +53,8 @@ class Report(NamedTuple):
     epochs : int
         The most epochs this phase can have.
     loss : float
-        Mean training loss in nats per event, dropout applied, weights moving.
+        Mean training loss in nats per event, dropout applied, weights moving. An epoch is cut into
+        runs by the time they take and their losses are added, so that its last bits may vary.
     events : int
         Events that were predicted in the epoch.
     seconds : float

@@ -586,7 +586,7 @@ def test_no_room_for_the_parameters(monkeypatch):
     monkeypatch.setattr(gpu.device().xp, "asarray", full, raising=False)
     with pytest.raises(DeviceError, match=r"0\.00 GB are needed for an array of shape \(1, 2, 2\)"):
         CollaborativeRNN(backend="cupy", hidden_size=2, cell="tanh", output="softmax").fit(
-            from_sequences([[0, 1, 2]])
+            from_sequences([[0, 1, 2] * 3])
         )
 
 

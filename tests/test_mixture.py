@@ -796,7 +796,9 @@ def test_a_checkpoint_goes_on_to_the_same_bytes(name, early, stop, tmp_path):
         strict=True,
     ):
         assert ours.tobytes() == theirs.tobytes(), block
-    assert [r.loss for r in resumed.reports] == [r.loss for r in whole.reports]
+    # An epoch is cut into runs by the time they take, and its loss is added up run by run.
+    wanted = [r.loss for r in whole.reports]
+    assert [r.loss for r in resumed.reports] == pytest.approx(wanted, rel=1e-14)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "numpy"])
