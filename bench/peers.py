@@ -21,8 +21,10 @@ half of the time of this program goes into compiling for PyTorch.
 
 The last column is an epoch's time at the rate of full windows; those of an epoch are not all full.
 
-The share of the floor is the median over the rounds, each beside the product's rate of that round;
-the share of its best round is that of our median in the product's fastest round.
+There are two floors, the three products of the output layer at the rate of the fastest product, and
+at that of multiply-adds that need no memory, which is all that the processor can do. The share of a
+floor is the median over the rounds, each beside the floor's rate of that round; the share of its
+best round is that of our median in the floor's fastest round.
 
 With --device gpu all of them run on the first CUDA device, crnn_np with backend "cupy", and there
 is one case more, the pooled GRU with D = 768 beside PyTorch's nn.GRU, which is cuDNN's. Products
@@ -108,7 +110,7 @@ PEERS = {
 }
 LEFT_OUT = "crnn_np, output mixture", "torch.compile, bfloat16"  # with --quick
 FLOOR, COPY = "best product", "device copy"
-FLOORS = {"cpu": [FLOOR], "gpu": [FLOOR, f"{FLOOR}, TF32", COPY]}
+FLOORS = {"cpu": [FLOOR, products.PEAK], "gpu": [FLOOR, f"{FLOOR}, TF32", COPY]}
 QUOTED = (
     "The authors' TensorFlow code was not run here. Quoted, measured once on 2 cores of a Zen 5 "
     "EPYC: an early prototype of this package was 19.2 (Brightkite 1 x 128), 6.9 (20 x 64), 5.0 "
@@ -311,6 +313,17 @@ def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     return best
 
 
+def peak(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
+    """Operations (GFLOP) and seconds of multiply-adds that need no memory."""
+    call, each = products.in_registers(spec["threads"])
+
+    def run(times: int) -> tuple[float, float]:
+        return times * each, sum(products.timed(call) for _ in range(times))
+
+    run(1)
+    return paced(run, 1, 1 << 20, seconds)
+
+
 def copy(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     """Bytes (GB) and seconds of the fastest copy from the device's memory to itself."""
     torch = set_torch(spec)
@@ -364,7 +377,7 @@ def work(spec: dict) -> None:
         answers.flush()
 
     makers = dict.fromkeys(VARIANTS, ours) | dict.fromkeys(FLOORS["gpu"], floor)
-    makers |= {COPY: copy, "ragged": ragged}
+    makers |= {products.PEAK: peak, COPY: copy, "ragged": ragged}
     try:
         run = makers.get(spec["name"], peer)(spec, spec["seconds"])
         say(ready=True)
@@ -504,7 +517,7 @@ def show(row: dict) -> None:
         if "failed" in result or "failed" in mine:
             click.echo(f"  {name:38}{'failed: ' + result.get('failed', 'see crnn_np')}")
             continue
-        if name in FLOORS["gpu"]:
+        if any(name in floors for floors in FLOORS.values()):
             continue
         ratios = [a / b for a, b in zip(mine["rates"], result["rates"], strict=True)]
         spread = f"({min(ratios):.1f} to {max(ratios):.1f})"
@@ -515,6 +528,7 @@ def show(row: dict) -> None:
     click.echo(f"  an epoch: {events:,} events, as if all windows were full")
     for name, of, each, unit in (
         (OURS, FLOOR, "operations_per_event", "GFLOP/s"),
+        (OURS, products.PEAK, "operations_per_event", "GFLOP/s"),
         ("crnn_np, TF32", f"{FLOOR}, TF32", "operations_per_event", "GFLOP/s"),
         (OURS, COPY, "bytes_per_event", "GB/s"),
         ("crnn_np, TF32", COPY, "bytes_per_event", "GB/s"),

@@ -176,6 +176,7 @@ class _Rows:
 
     def __init__(self):
         self.header = 0
+        self.place = "line"  # what is numbered
         self.left_out = array("q")  # lines
         self.n_delivered = 0
         self.n_unusable = 0
@@ -246,14 +247,14 @@ def _check_lines(source: Path, rows: _Rows, max_malformed: float) -> None:
         logger.warning("%s", found)
     if n_malformed == 0:
         return
-    shown = "; ".join(f"line {line}: {fault}" for line, fault in examples)
+    shown = "; ".join(f"{rows.place} {line}: {fault}" for line, fault in examples)
     if n_malformed == n_lines:
-        which = f"none of the first {n_lines} lines" if rows.hopeless else "no line"
+        which = f"none of the first {n_lines} lines" if rows.hopeless else f"no {rows.place}"
         raise DataError(
             f"{source}: {which} can be read as an event ({shown}): is this the format and the "
             "separator that was meant?"
         )
-    found = f"{source}: {n_malformed} of {n_lines} lines are malformed ({shown})"
+    found = f"{source}: {n_malformed} of {n_lines} {rows.place}s are malformed ({shown})"
     if n_malformed > max_malformed * n_lines:
         raise DataError(f"{found}; more than --max-malformed {max_malformed:g} allows")
     logger.warning("%s; left out", found)
@@ -390,6 +391,7 @@ def _text_batches(
             if quoted:
                 rows.n_lines = lines.count()
                 if rows.n_lines > rows.header + rows.n_delivered + len(rows.left_out):
+                    rows.place = "row"  # a value has several lines
                     rows.n_swallowed, rows.opening = _swallowed(source, separator, use)
         except pa.ArrowInvalid as error:
             if not rows.hopeless and "Empty CSV file" not in str(error):
@@ -544,6 +546,7 @@ def _parquet_batches(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    rows.place = "row"
     with _reading(source), pq.ParquetFile(source) as file:
         schema = file.schema_arrow
         use = [schema.names[place] for place in _positions(source, schema.names, wanted, None)]
@@ -558,9 +561,9 @@ def _parquet_batches(
             if progress:
                 progress(rows.n_delivered + len(batch), file.metadata.num_rows)
             with _casting(source, use[0], user.type, "ids"):
-                user = user.cast(pa.string()).dictionary_encode()
+                user = _texts(user).dictionary_encode()
             with _casting(source, use[1], item.type, "ids"):
-                item = item.cast(pa.string()).dictionary_encode()
+                item = _texts(item).dictionary_encode()
             seconds = None
             if time:
                 with _casting(source, use[2], time[0].type, "times"):
@@ -584,6 +587,16 @@ def _casting(source: Path, name: str, kind, wanted: str):
         raise DataError(
             f"{source}: column {name!r} of type {kind} can't be read as {wanted} ({reason})"
         ) from error
+
+
+def _texts(column):
+    """Ids as strings; null where one is not a number in a column of numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    return column.cast(pa.string())
 
 
 def _seconds(column):

@@ -166,6 +166,8 @@ def test_an_id_of_two_lines_is_told_and_a_note_of_two_lines_is_not(tmp_path, cap
     log = reading.read_events(write(tmp_path / "q.csv", text + 'a,"x\nx",n\na,x,n\n'))
     assert "1 of 204 lines" in caplog.text
     assert log.n_events == 202
+    reading.read_events(write(tmp_path / "q.csv", text + 'a,x,"n\nn"\n,x,n\n'))
+    assert "1 of 202 rows are malformed (row 203: no readable user)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,9 @@ def test_parquet_table_of_numbers_with_nulls(tmp_path):
     found = reading.read_counted(source, max_malformed=0.5)
     assert sequences(found.log) == {"7": ["1"], "8": ["3"]}
     assert found.malformed == [(2, "no readable user"), (3, "no readable item")]
+    source = parquet(tmp_path / "log.parquet", user=[7.0, float("nan")], item=["a", "b"])
+    with pytest.raises(DataError, match=r"1 of 2 rows are malformed \(row 2: no readable user\)"):
+        reading.read_events(source)
 
 
 def test_parquet_refuses(tmp_path):
