@@ -77,7 +77,9 @@ VARIANTS = {
         {"cell": "tanh", "learning_rate": 0.002}, nothing, [("W_h", ALL)]
     ),
     "the mixture without a network": Variant(
-        {}, leave_out(0), [("gate_in", slice(F, None)), ("W_h", ALL)]
+        {},
+        leave_out(0),
+        [("gate_in", slice(F, None)), ("W_h", ALL), ("W_in", ALL), ("W_out", ALL)],
     ),
 }
 

@@ -4,7 +4,7 @@ The model is stated once more in PyTorch in float64, straight from Eqs. 12-24, a
 by machine. Both backends, in float64 and in float32, are held against it: the loss and every
 gradient of one window, five steps of RMSprop one by one, and a run of windows as training does it.
 
-    python -m pip install '.[bench]'
+    python -m pip install '.[bench,test]'
     python bench/autograd.py           # the table; exit status 1 on failure
     python -m pytest bench/autograd.py
 
@@ -122,7 +122,7 @@ class Peer:
         """Loss, gradients by name (of scale * loss) and last state [B, D]."""
         W_h, W_in, W_out = self.params
         user, x, y = (torch.tensor(f).long() for f in window[:3])
-        event, target, carry = (torch.tensor(f) > 0 for f in window[3:])
+        event, target, carry = (torch.tensor(f) > 0 for f in window[3:6])
         keep_in, keep_out = self.masks(x.shape, key)
         start = torch.tensor(s0[0], dtype=torch.float64, requires_grad=True)
         A = W_in[x] * keep_in

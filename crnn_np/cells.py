@@ -19,10 +19,9 @@ Array = np.ndarray
 
 
 class Cell(NamedTuple):
-    """A recurrent cell: number of gates G, of state vectors S, and its two passes."""
+    """A recurrent cell: number of gates G, and its two passes."""
 
     gates: int
-    state_vectors: int
     forward: Callable
     backward: Callable
 
@@ -172,7 +171,7 @@ def _gru_backward(candidate_slope: Callable):
 
 
 CELLS: dict[str, Cell] = {
-    "tanh": Cell(1, 1, tanh_forward, tanh_backward),
-    "gru": Cell(3, 1, _gru_forward(np.tanh), _gru_backward(lambda c: 1 - c * c)),
-    "gru-sigmoid": Cell(3, 1, _gru_forward(sigmoid), _gru_backward(lambda c: c * (1 - c))),
+    "tanh": Cell(1, tanh_forward, tanh_backward),
+    "gru": Cell(3, _gru_forward(np.tanh), _gru_backward(lambda c: 1 - c * c)),
+    "gru-sigmoid": Cell(3, _gru_forward(sigmoid), _gru_backward(lambda c: c * (1 - c))),
 }

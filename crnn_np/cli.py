@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -20,6 +21,7 @@ from .errors import CrnnError, ModelError
 from .estimator import CollaborativeRNN
 from .explain import MATCHED, NEEDED, picture
 from .settings import help_texts
+from .training import keeps_best
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -295,6 +297,13 @@ def fetch(name, directory, url):
     click.echo(datasets.fetch(name, directory, url, progress=sys.stderr.isatty()))
 
 
+_backend_option = click.option(
+    "--backend",
+    type=click.Choice(list(backends.MODULES)),
+    help="To compute with.  [default: the one that the model was trained with]",
+)
+
+
 def _settings_options(command):
     """One option for each field of the settings classes, with its choices and its help text."""
     for cls in reversed(presets.CLASSES):
@@ -397,19 +406,21 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
     settings = *model.settings, parts.train
     needed = planning.memory(*settings, backend=backend)
     click.echo(_memory_line(needed, planning.device_memory(*settings, backend=backend)))
-    lines = [{"data": str(directory), "settings": model.get_params()}]
+    lines, mode = [{"data": str(directory), "settings": model.get_params()}], "w"
     with _epoch_progress() as progress:  # only now: its clock would count the compilation
         for report in model.epochs(parts.train, progress=progress, checkpoint=checkpoint):
             record = report._asdict()
             del record["params"], record["accumulators"]
             lines.append(record | {"events_per_second": report.events / report.seconds})
-            _write_log(log_path, lines)
+            _write_log(log_path, lines, mode)
+            lines, mode = [], "a"
             click.echo(_epoch_line(report))
             if report.phase != "choose":
                 model.save(out)
     if checkpoint:
-        Path(checkpoint).unlink()
-        Path(f"{checkpoint}.best").unlink(missing_ok=True)
+        Path(checkpoint).unlink(missing_ok=True)
+        if keeps_best(model.settings.plan):
+            Path(f"{checkpoint}.best").unlink(missing_ok=True)
     click.echo(f"model written to {out}, log to {log_path}")
 
 
@@ -423,6 +434,8 @@ def _check_places(directory, places):
                 raise ModelError(f"{path}: its folder does not exist; make it first")
             if path.is_dir():
                 raise ModelError(f"{path} is a directory: {option} needs the name of a file")
+            if path.exists() and not path.is_file() and option != "--log":
+                raise ModelError(f"{path} is no regular file: {option} would replace it")
         except OSError as error:
             raise ModelError(f"{path} can't be written ({error.strerror})") from error
         if not os.access(path.absolute().parent, os.W_OK):
@@ -433,10 +446,11 @@ def _check_places(directory, places):
         taken[where] = f"the file of {option} too"
 
 
-def _write_log(path, lines):
-    """JSON lines; all of them after each epoch, so that a failing start leaves the old ones."""
+def _write_log(path, lines, mode):
+    """JSON lines, after each epoch; not before, so that a failing start leaves an older log."""
     try:
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        with open(path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
     except OSError as error:
         raise ModelError(f"{path}: the log can't be written ({error.strerror})") from error
 
@@ -533,18 +547,19 @@ def _epoch_progress():
 @main.command()
 @click.argument("model", type=click.Path())
 @click.argument("directory", type=click.Path())
+@_backend_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--per-user", is_flag=True, help="Add every user's errors.")
 @click.option(
     "-n", default=20, show_default=True, type=click.IntRange(min=1), help="Of Recall@n and MRR@n."
 )
-def evaluate(model, directory, as_json, per_user, n):
+def evaluate(model, directory, backend, as_json, per_user, n):
     """Errors of the model file MODEL on the held-out part of the data in DIRECTORY.
 
     Replays each user's history, then predicts each held-out event from all before it. nll is
     Eq. 3 of the paper: the mean over users of each user's mean, in nats.
     """
-    fitted = methods.load(model)
+    fitted = _load_model(model, backend)
     parts = data.load(directory)
     scores = fitted.evaluate(parts.train, parts.heldout, n=n, per_user=per_user)
     table = scores.pop("per_user", None)
@@ -552,7 +567,8 @@ def evaluate(model, directory, as_json, per_user, n):
         table = {name: column.tolist() for name, column in table.items()}
         table["user"] = parts.train.user_ids[table["user"]].tolist()
     if as_json:
-        click.echo(json.dumps(scores | ({"per_user": table} if table else {}), allow_nan=False))
+        found = scores | ({"per_user": table} if table else {})
+        click.echo(json.dumps(_finite(found), allow_nan=False))
         return
     click.echo(f"{'':12}{'users':>12}{'events':>12}{'without first':>16}")
     for name in ("nll", f"recall@{n}", f"mrr@{n}"):
@@ -569,8 +585,26 @@ def evaluate(model, directory, as_json, per_user, n):
             click.echo("\t".join(map(str, row)))
 
 
+def _load_model(path, backend):
+    """The model in a file, to be computed with a backend, or where None with its own."""
+    found = methods.load(path)
+    if backend and not isinstance(found, CollaborativeRNN):
+        raise click.BadOptionUsage("--backend", f"{path} holds a baseline, which has no --backend")
+    return found.set_params(backend=backend) if backend else found
+
+
+def _finite(found):
+    """What JSON can hold: null for numbers that are not finite."""
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
 @main.command()
 @click.argument("model", type=click.Path())
+@_backend_option
 @click.option("--user", required=True, help="Id of the user, as in the raw log.")
 @click.option(
     "--top",
@@ -584,7 +618,7 @@ def evaluate(model, directory, as_json, per_user, n):
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Picture to write, with 40 of the items at most; .png, .svg or .pdf.",
 )
-def explain(model, user, top, plot):
+def explain(model, backend, user, top, plot):
     """What the model file MODEL expects of a user's next event, and where from.
 
     \b
@@ -600,7 +634,7 @@ def explain(model, user, top, plot):
     """
     if plot:
         check_picture(plot)
-    fitted = methods.load(model)
+    fitted = _load_model(model, backend)
     if not isinstance(fitted, CollaborativeRNN):
         raise ModelError(NEEDED)
     found = fitted.explain(user, top)

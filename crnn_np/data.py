@@ -6,6 +6,7 @@ A raw file becomes an `EventLog` (`reading.read_events`), loses rare items and u
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -65,6 +66,17 @@ class Split(NamedTuple):
 
     train: EventLog
     heldout: EventLog
+
+
+def is_sound(log: EventLog) -> bool:
+    """Whether the numbers of a log that was read from a file are in range and order."""
+    indptr, items = log.indptr, log.items
+    return bool(
+        indptr.shape == (len(log.user_ids) + 1,)
+        and (indptr[0], indptr[-1]) == (0, items.size)
+        and (np.diff(indptr) >= 0).all()
+        and (items.size == 0 or 0 <= items.min() <= items.max() < log.n_items)
+    )
 
 
 def from_sequences(
@@ -331,6 +343,7 @@ def save(split: Split, directory: str | os.PathLike, stats: dict, replace: bool 
         **{"lines_read": None, "lines_skipped": None, "like": "table"},
         **stats,
         **_counts(split),
+        "uniform_nll": math.log(split.train.n_items),
         "format": FORMAT,
     }
     tables = {
@@ -342,8 +355,8 @@ def save(split: Split, directory: str | os.PathLike, stats: dict, replace: bool 
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        new, old = work / "new", work / "old"
         try:
-            new, old = work / "new", work / "old"
             new.mkdir()
             for name, table in tables.items():
                 _write_parquet(table, new / f"{name}.parquet")
@@ -353,12 +366,13 @@ def save(split: Split, directory: str | os.PathLike, stats: dict, replace: bool 
                 os.rename(directory, old)
             try:
                 os.rename(new, directory)
-            except OSError:
-                if old.exists():
+            except BaseException:
+                if old.exists() and not directory.exists():
                     os.rename(old, directory)
                 raise
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            if directory.exists() or not old.exists():
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"{directory}: can't write the data set: {error.strerror or error}"
@@ -478,7 +492,6 @@ def _counts(split: Split) -> dict:
         "items": split.train.n_items,
         "train_events": split.train.n_events,
         "heldout_events": split.heldout.n_events,
-        "uniform_nll": float(np.log(split.train.n_items)),
     }
 
 
@@ -549,12 +562,8 @@ def _read_events_table(path: Path, user_ids: np.ndarray, item_ids: np.ndarray) -
     if "user" not in columns or "item" not in columns:
         raise DataError(f"{path} lacks a column of user, item: prepare the data again")
     users, items = columns["user"], columns["item"]
-    in_range = items.size == 0 or (
-        0 <= users[0]
-        and users[-1] < len(user_ids)
-        and 0 <= items.min() <= items.max() < len(item_ids)
-    )
-    if not in_range or (np.diff(users) < 0).any():
-        raise DataError(f"{path} holds numbers out of range or order: prepare the data again")
     indptr = np.searchsorted(users, np.arange(len(user_ids) + 1))
-    return EventLog(indptr, items, columns.get("time"), user_ids, item_ids)
+    log = EventLog(indptr, items, columns.get("time"), user_ids, item_ids)
+    if (np.diff(users) < 0).any() or not is_sound(log):
+        raise DataError(f"{path} holds numbers out of range or order: prepare the data again")
+    return log

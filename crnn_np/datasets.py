@@ -84,7 +84,7 @@ def fetch(
 
     The file takes its name only when it is whole and checked. Its SHA-256 is compared with the
     one in ``checksums.json`` beside it; the first download has nothing to compare with, stores
-    its own there and logs it. The MD5 of Last.fm's log is known and always compared.
+    its own there and logs it. The MD5 of Last.fm's log is known and compared then.
 
     Parameters
     ----------

@@ -1,5 +1,6 @@
 """The demo: models trained on a log whose lowest attainable error is known, a table, a picture."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +10,15 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from .baselines import Baseline, Bigram, Uniform, Unigram
+from .baselines import Bigram, Uniform, Unigram
 from .data import EventLog, from_sequences
 from .errors import SettingsError
 from .estimator import CollaborativeRNN
+from .explain import write_figure
+from .methods import Model
 from .synthetic import Drawn, draw
 
 Progress = Callable[[int, int], object]
-Model = Baseline | CollaborativeRNN
 
 # Chosen on a validation part cut from the training part of the demo's log. With these sizes each
 # of the three has about 25,600 parameters, and takes about as long to train.
@@ -91,7 +93,7 @@ def compare(
 
 
 def _fit(model: Model, train: EventLog, progress: Progress | None) -> None:
-    if progress is None or isinstance(model, Baseline):
+    if progress is None or not isinstance(model, CollaborativeRNN):
         model.fit(train)
         return
     before = 0
@@ -150,7 +152,7 @@ def picture(results: list[Result], n_items: int, title: str, path: Path) -> None
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="upper right", bbox_to_anchor=(0.8, 1), frameon=False)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path)
 
 
 def check_picture(path: Path) -> None:
@@ -159,9 +161,13 @@ def check_picture(path: Path) -> None:
 
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in known:
-        raise SettingsError(f"{path}: the name should end in one of {', '.join(sorted(known))}")
+        raise SettingsError(
+            f"{path}: the name should end in .png, .svg, .pdf or another format of matplotlib"
+        )
     if not path.absolute().parent.is_dir():
         raise SettingsError(f"{path}: its folder does not exist; make it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise SettingsError(f"{path}: its folder can't be written to; choose another")
 
 
 def _bar() -> Progress | None:

@@ -317,6 +317,7 @@ class CollaborativeRNN:
             )
         epochs_done = saved.settings.pop("epochs_done")
         loaded = cls(**saved.settings)
+        model.check_saved(path, saved, loaded.settings.spec)
         loaded.fitted = loaded.settings
         loaded.params, loaded.accumulators = saved.params, saved.accumulators
         loaded._user_ids, loaded._item_ids = saved.user_ids, saved.item_ids

@@ -80,7 +80,8 @@ def summarise(
     result: dict[str, Any] = {}
     for name, values in measures.items():
         result[name] = float(user_means(values, every)[1].mean())
-    result["perplexity"] = float(np.exp(result["nll"]))
+    with np.errstate(over="ignore"):
+        result["perplexity"] = float(np.exp(result["nll"]))
     for name, values in measures.items():
         result[f"{name}_events"] = float(values.mean())
     for name, values in measures.items():

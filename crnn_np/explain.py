@@ -186,8 +186,6 @@ def picture(found: Explanation, path: str | os.PathLike) -> None:
     colors = [*COLORS, *shades]
     names = [shorten(name) for name in found.items[:DRAWN]]
     heights = [0.24 * len(found.shares) + 0.5, 0.24 * len(names) + 0.5, 2.4]
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # ids in scripts that the font lacks
         figure = Figure(figsize=(7, sum(heights) + 0.6), layout="constrained")
@@ -203,12 +201,26 @@ def picture(found: Explanation, path: str | os.PathLike) -> None:
         items.set_title("most probable next items; colours as above", loc="left")
         items.set_xlabel("probability")
         _draw_past(past, found)
-        try:
-            figure.savefig(part, format=path.suffix[1:], dpi=150)
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise SettingsError(f"{path}: the picture could not be written ({error})") from error
+        write_figure(figure, path)
+
+
+def write_figure(figure: Any, path: str | os.PathLike) -> None:
+    """Write a figure of matplotlib, in the format that the name ends in, never by half.
+
+    Raises
+    ------
+    SettingsError
+        The file cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, format=path.suffix[1:], dpi=150)
+        part.replace(path)
+    except OSError as error:
+        raise SettingsError(f"{path}: the picture could not be written ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _draw_bars(axes: Any, names: tuple[str, ...] | list[str], parts: Array, colors: list) -> None:

@@ -90,9 +90,8 @@ def count(log: EventLog) -> Counts:
     follows = np.ones(log.n_events, bool)
     follows[log.indptr[:-1][log.lengths > 0]] = False
     at = np.flatnonzero(follows)
-    keys, times = np.unique(
-        log.items[at - 1] * np.int64(n_items) + log.items[at], return_counts=True
-    )
+    pairs = log.items[at - 1].astype(np.int64) * n_items + log.items[at]
+    keys, times = np.unique(pairs, return_counts=True)
     begin = np.searchsorted(keys, np.arange(n_items + 1) * n_items)
     unigram = np.bincount(log.items, minlength=n_items)
     return Counts(begin, keys % n_items, times, unigram, log.indptr, log.items)

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import baselines, model
 from .baselines import Baseline
-from .errors import SettingsError
+from .errors import ModelError, SettingsError
 from .estimator import CollaborativeRNN
 from .settings import nearest
 
@@ -19,9 +19,9 @@ BASELINES = {
     "hmm": "HMM",
 }
 RNNS = {
-    "p-gru": {"cell": "gru", "sharing": "pooled"},
-    "c-tanh": {"cell": "tanh", "sharing": "collaborative"},
-    "c-gru": {"cell": "gru", "sharing": "collaborative"},
+    "p-gru": {"cell": "gru", "sharing": "pooled", "output": "softmax"},
+    "c-tanh": {"cell": "tanh", "sharing": "collaborative", "output": "softmax"},
+    "c-gru": {"cell": "gru", "sharing": "collaborative", "output": "softmax"},
     "mixture": {"cell": "gru", "sharing": "collaborative", "output": "mixture"},
 }
 NAMES = (*BASELINES, *RNNS)
@@ -75,4 +75,9 @@ def load(path: str | os.PathLike) -> Model:
     kind = model.load_settings(path).get("baseline")
     if kind is None:
         return CollaborativeRNN.load(path)
+    if kind not in BASELINES.values():
+        raise ModelError(
+            f"{path}: a model of kind {kind!r}: expected one of {', '.join(BASELINES.values())}; "
+            "was it written by another version?"
+        )
     return getattr(baselines, kind).load(path)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .cells import CELLS
-from .data import EventLog
+from .data import EventLog, is_sound
 from .errors import ModelError, SettingsError
 from .history import FEATURES
 from .outputs import MATCHES, STATIC, Mixture, lag_buckets
@@ -56,7 +56,7 @@ class Spec:
         Probability of dropping an element of W_in[x], and of h before the output layer (Zaremba
         et al., 2014); never on the recurrent path.
     dtype : {"float32", "float64"}
-        Of all parameters and work arrays.
+        Of all parameters and work arrays but a mixture's own, which are float64.
     products : {"full", "bfloat16", "tf32"}
         Factors of the output layer's matrix products in training, with sums in float32: as they
         are; rounded to 8 bits, for processors that multiply bfloat16 (AMX, AMD's AVX512_BF16;
@@ -373,9 +373,13 @@ def save(
         mode = part.stat().st_mode  # safetensors lets nobody else read what it writes
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata)
         part.chmod(mode)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)
-    except Exception as error:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if not isinstance(error, Exception):
+            raise
         raise ModelError(
             f"{path}: the model could not be written ({error}); "
             "choose a file name in an existing folder with enough space"
@@ -415,7 +419,10 @@ def _read(path: str | os.PathLike, arrays: bool = True) -> tuple[dict[str, Array
             f"{path}: its header has {there}, expected {FORMAT!r}; "
             "was it written by another program or version?"
         )
-    return found, json.loads(metadata[FORMAT])
+    try:
+        return found, dict(json.loads(metadata[FORMAT]))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: its settings can't be read ({error}): it is damaged") from error
 
 
 def load_settings(path: str | os.PathLike) -> dict[str, Any]:
@@ -462,3 +469,58 @@ def load(path: str | os.PathLike, kind: type = Params) -> Saved:
         return Saved(params, acc, settings, *ids, history)
     except KeyError as error:
         raise ModelError(f"{path}: the model file has no {error}") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: its ids can't be read ({error}): it is damaged") from error
+
+
+def check_blocks(
+    path: str | os.PathLike,
+    blocks: tuple,
+    wanted: dict[str, tuple[int | str, ...]],
+    **sizes: int,
+) -> None:
+    """Check the blocks of a named tuple that was read from a file.
+
+    Parameters
+    ----------
+    wanted : dict
+        Shape of each block, of sizes or their letters.
+    **sizes
+        Those of the letters that are known; another letter is the same size wherever it stands.
+
+    Raises
+    ------
+    ModelError
+        A block is not there, or of another shape.
+    """
+    found = {name: block.shape for name, block in blocks._asdict().items()}
+    for name, letters in wanted.items():
+        for n, size in zip(letters, found.get(name, ()), strict=False):
+            if isinstance(n, str):
+                sizes.setdefault(n, size)
+        shape = tuple(sizes.get(n, n) for n in letters)
+        if found.get(name) != shape:
+            raise ModelError(
+                f"{path}: {name} has the shape {found.get(name)} and not {shape}, as its settings "
+                "and ids say: it is damaged, or was not written by this package"
+            )
+
+
+def check_saved(path: str | os.PathLike, saved: Saved, spec: Spec) -> None:
+    """Raise ModelError where the arrays of a network's file do not fit its settings and ids."""
+    n_users, n_items = len(saved.user_ids), len(saved.item_ids)
+    wanted = shapes(spec, n_users, n_items)
+    check_blocks(path, saved.params, wanted)
+    if saved.accumulators is not None:
+        wanted |= {"stamp": (n_items,), "step": (1,)}
+        check_blocks(path, saved.accumulators, wanted)
+    check_history(path, saved.history)
+
+
+def check_history(path: str | os.PathLike, history: EventLog | None) -> None:
+    """Raise ModelError where the sequences in a model file are not of its users and items."""
+    if history is not None and not is_sound(history):
+        raise ModelError(
+            f"{path}: its sequences hold numbers out of range or order: it is damaged, or was not "
+            "written by this package"
+        )

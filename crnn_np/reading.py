@@ -321,7 +321,7 @@ def _reading(source: Path):
 
     try:
         yield
-    except (OSError, EOFError, tarfile.TarError, pa.ArrowException) as error:
+    except (OSError, EOFError, tarfile.TarError, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         if "straddling" in reason:
             raise DataError(
@@ -431,7 +431,7 @@ def _swallowed(source: Path, separator: str, use: tuple) -> tuple[int, int]:
             record.append(line)
             yield line
 
-    limit = csv.field_size_limit(BLOCK)
+    limit = csv.field_size_limit(2 * BLOCK)  # the parser takes nearly as much
     try:
         with ExitStack() as stack:
             _, stream = _open(source, stack)

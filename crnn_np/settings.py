@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
+
 from .errors import SettingsError
 
+MOST = 1 << 62  # of whole numbers
 LISTED = 60  # names at most in a message
 
 
@@ -46,6 +49,39 @@ def check(settings: Any, **bounds: tuple[float, float]) -> None:
             low, high = bounds[field.name]
             if not low <= value <= high:
                 raise SettingsError(f"{field.name} is {value!r}: expected {low} to {high}")
+
+
+def whole(name: str, value: Any, low: int, high: int = MOST, optional: bool = False) -> int | None:
+    """A setting that is a whole number from `low` to `high`, as an int; or None, where `optional`.
+
+    Raises
+    ------
+    SettingsError
+        It is neither.
+    """
+    if value is None and optional:
+        return None
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise SettingsError(f"{name} is {value!r}: a whole number was expected")
+    if not low <= value <= high:
+        raise SettingsError(f"{name} is {value!r}: {low} to {high} was expected")
+    return int(value)
+
+
+def positive(name: str, value: Any) -> float | None:
+    """A setting that is a positive number or None, as a float or None.
+
+    Raises
+    ------
+    SettingsError
+        It is neither.
+    """
+    if value is None:
+        return None
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    if not number or isinstance(value, bool) or not 0 < value < np.inf:
+        raise SettingsError(f"{name} is {value!r}: a positive number or None was expected")
+    return float(value)
 
 
 def help_texts(cls: type) -> dict[str, str]:

@@ -42,11 +42,31 @@ def novelty(indptr, items, n_items):
 
 
 @numba.njit(cache=True)
+def _pairs(items, n_items):
+    """Each event with the one before it, as one number, int64[E - 1]."""
+    return items[:-1].astype(np.int64) * n_items + items[1:]
+
+
+@numba.njit(cache=True)
+def _earlier_pairs(indptr, items, n_items):
+    """int64[E]: how often the user had the event before each event followed by this one, so far."""
+    earlier = np.zeros(items.size, np.int64)
+    for u in range(indptr.size - 1):
+        first = indptr[u] + 1
+        pairs = _pairs(items[indptr[u] : indptr[u + 1]], n_items)
+        order = np.argsort(pairs, kind="mergesort")
+        for k in range(1, order.size):
+            if pairs[order[k]] == pairs[order[k - 1]]:
+                earlier[first + order[k]] = earlier[first + order[k - 1]] + 1
+    return earlier
+
+
+@numba.njit(cache=True)
 def _features(indptr, items, unigram, own_indptr, own_items, features):
     """Fill `Past.features`, float32[E, F]; `history.FEATURES` says with what."""
     slow, fast, steady = np.exp2(-1 / NOVELTY_HALF_LIFE), 0.75, 0.9
     latest = np.full(unigram.size, -1)  # index of the item's latest event
-    before = np.empty(items.size, np.int64)  # of each event's item
+    pairs = _earlier_pairs(indptr, items, unigram.size)
     seen = np.zeros(unigram.size, np.int64)
     others = unigram.copy()
     for u in range(indptr.size - 1):
@@ -57,26 +77,23 @@ def _features(indptr, items, unigram, own_indptr, own_items, features):
         distinct = 0
         new, events, new_lately, lately = 1.0, 2.0, 0.5, 1.0
         repeats, hits, depth = 0.3, 0.5, 2.0
+        q = -1  # where the event before had its item, before that
         for e in range(first, indptr[u + 1]):
             x, f, t = items[e], features[e], e - first
             p = latest[x] if latest[x] >= first else -1
-            before[e], latest[x] = p, e
+            latest[x] = e
             if p < 0:
                 distinct += 1
                 seen[x] = 0
             is_new = 1.0 if p < 0 else 0.0
             new, events = new * slow + is_new, events * slow + 1
             new_lately, lately = new_lately * fast + is_new, lately * fast + 1
-            repeat, pairs = 0.0, 0
+            repeat = 0.0
             if t > 0:
                 repeat = 1.0 if items[e - 1] == x else 0.0
-                q = before[e - 1]
                 if q >= 0:
                     hit = 1.0 if items[q + 1] == x else 0.0
                     hits = steady * hits + (1 - steady) * hit
-                while q >= 0:
-                    pairs += items[q + 1] == x
-                    q = before[q]
             repeats = steady * repeats + (1 - steady) * repeat
             if p >= 0:
                 depth = steady * depth + (1 - steady) * np.log(e - p)
@@ -85,7 +102,7 @@ def _features(indptr, items, unigram, own_indptr, own_items, features):
             f[2] = 2 * new / events
             f[3] = new_lately / lately
             f[4] = np.log(1.0 + seen[x])
-            f[5] = np.log(1.0 + pairs)
+            f[5] = np.log(1.0 + pairs[e])
             f[6] = np.log(e - p) / 3 if p >= 0 else 0.0
             f[7] = is_new
             f[8] = 2 * repeats
@@ -96,6 +113,7 @@ def _features(indptr, items, unigram, own_indptr, own_items, features):
             f[13] = repeat
             f[14] = np.log((1.0 + distinct) / (1.0 + t))
             seen[x] += 1
+            q = p
         for x in own:
             others[x] += 1
 
@@ -110,15 +128,13 @@ def _experts(indptr, items, begin, follower, count, unigram, own_indptr, own_ite
     everything = unigram.sum()
     of_user = np.zeros(unigram.size, np.int64)
     followed = np.zeros(unigram.size, np.int64)
-    latest, before = np.full(unigram.size, -1), np.empty(own_items.size, np.int64)
     for u in range(indptr.size - 1):
         low, high = own_indptr[u], own_indptr[u + 1]
         for s in range(low, high):
             of_user[own_items[s]] += 1
-            before[s] = latest[own_items[s]]
-            latest[own_items[s]] = s
             if s + 1 < high:
                 followed[own_items[s]] += 1
+        own = np.sort(_pairs(own_items[low:high], unigram.size))
         n = everything - (high - low)
         for e in range(indptr[u], indptr[u + 1] - 1):
             x, y = items[e], items[e + 1]
@@ -126,13 +142,10 @@ def _experts(indptr, items, begin, follower, count, unigram, own_indptr, own_ite
             row = follower[begin[x] : begin[x + 1]]
             q = np.searchsorted(row, y)
             times = count[begin[x] + q] if q < row.size and row[q] == y else 0
-            s = latest[x]
-            while s >= 0:
-                times -= s + 1 < high and own_items[s + 1] == y
-                s = before[s]
+            pair = np.int64(x) * unigram.size + y
+            times -= np.searchsorted(own, pair, "right") - np.searchsorted(own, pair)
             experts[e, 0] = (times + SMOOTHING * common) / (total[x] - followed[x] + SMOOTHING)
             experts[e, 1] = common
         for s in range(low, high):
             of_user[own_items[s]] = 0
             followed[own_items[s]] = 0
-            latest[own_items[s]] = -1

@@ -279,6 +279,21 @@ def validation_split(
     return log, validation, concatenate(log, validation)
 
 
+def _check_finite(params: Params, epoch: int) -> None:
+    """Raise TrainingError: the loss tells of an update only in the next window."""
+    for name, block in params._asdict().items():
+        if not np.isfinite(block.sum(dtype=np.float64)):
+            raise TrainingError(
+                f"{name} is infinite or NaN somewhere after epoch {epoch}; lower learning_rate or "
+                "set clip"
+            )
+
+
+def keeps_best(plan: Plan) -> bool:
+    """Whether training ends with the parameters of an epoch before its last one."""
+    return bool(plan.patience) and not plan.refit
+
+
 def _train_epoch(
     backend: ModuleType,
     spec: Spec,
@@ -385,7 +400,7 @@ def epochs(
     ModelError
         The checkpoint is of another training, or cannot be written.
     TrainingError
-        The loss became infinite or NaN.
+        The loss, or a parameter, became infinite or NaN.
     DataError
         There is no event to predict.
     """
@@ -395,14 +410,21 @@ def epochs(
             f"{other} and parameters to go on from were given: early stopping and checkpoints "
             "begin anew; set patience=0 and no checkpoint, or leave the parameters out"
         )
+    if validation is not None:
+        model.check_ids(log.user_ids, log.item_ids, validation)
     module = backends.get(backend)
     made: list[Report] = []
     if checkpoint is not None:
         fixed = vars(plan) if plan.patience else vars(plan) | {"epochs": None}
-        settings = [backend, vars(spec), vars(rule), fixed, first_epoch]
+        settings = [backend, vars(spec), vars(rule), fixed, first_epoch, log.n_users, log.n_items]
         key = json.dumps([*settings, checksum(log, validation)])
         if Path(checkpoint).exists():
             made, params, accumulators = _read_checkpoint(checkpoint, key)
+        elif keeps_best(plan) and Path(f"{checkpoint}.best").exists():
+            raise ModelError(
+                f"{checkpoint}.best is there and {checkpoint}, whose second file it would be, is "
+                "not: choose another name for the checkpoint, or move that file"
+            )
     work = workspace(module, spec, plan, log)
 
     def train(phase: str, part: EventLog, first: int, last: int) -> Iterator[Report]:
@@ -432,9 +454,13 @@ def epochs(
             loss, events = _train_epoch(
                 module, spec, rule, plan, *live, part, epoch, work, past, progress
             )
+            if rule.W_in_rows == "touched":  # for a run with dense rows that goes on from here
+                live[1].stamp[...] = live[1].step[0]
             for own, there in zip((*params, *accumulators), (*live[0], *live[1]), strict=True):
                 if own is not there:
                     own[...] = module.to_host(there)
+            if phase != "choose":  # there the validation error tells
+                _check_finite(params, epoch)
             seconds = time.perf_counter() - began
             scores = None
             if phase == "choose":
@@ -442,7 +468,7 @@ def epochs(
             report = Report(phase, epoch, last, loss, events, seconds, scores, None, None, None)
             report = report._replace(best_epoch=_best_epoch([*made, report]))
             made.append(report)
-            if phase == "choose" and not plan.refit and report.best_epoch == epoch:
+            if phase == "choose" and keeps_best(plan) and report.best_epoch == epoch:
                 model.save(kept, params, accumulators, {}, log.user_ids, log.item_ids)
             if checkpoint is not None:
                 state = {"key": key, "reports": [r[:-2] for r in made]}

@@ -392,6 +392,20 @@ def test_a_broken_training_goes_on_from_its_checkpoint(prepared, tmp_path, monke
     assert not list(tmp_path.glob("c*"))
 
 
+def test_a_checkpoint_that_goes_takes_no_other_file(prepared, tmp_path):
+    (tmp_path / "c.best").write_text("precious")
+    arguments = (*SMALL, "--out", tmp_path / "m", "--checkpoint", tmp_path / "c")
+    assert run("train", prepared / "table", *arguments).exit_code == 0
+    assert (tmp_path / "c.best").read_text() == "precious"
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_model_replaces_no_pipe(prepared, tmp_path):
+    os.mkfifo(tmp_path / "m")
+    told = "m is no regular file: --out would replace it"
+    assert told in fails("train", prepared / "table", "--out", tmp_path / "m", *SMALL)
+
+
 def test_train_and_evaluate_a_baseline_by_name(prepared, tmp_path):
     out = tmp_path / "bigram.model"
     result = run("train", prepared / "table", "--model", "bigram", "--out", out)
@@ -554,6 +568,31 @@ def test_evaluate_refuses_a_checkpoint(prepared, tmp_path, monkeypatch):
     options = (*SMALL, "--out", tmp_path / "m", "--checkpoint", tmp_path / "c")
     assert run("train", prepared / "table", *options).exit_code == 7
     assert "is a checkpoint, not a model" in fails("evaluate", tmp_path / "c", prepared / "table")
+
+
+def test_evaluate_with_another_backend(prepared, tmp_path):
+    out = tmp_path / "m"
+    assert run("train", prepared / "table", "--out", out, *SMALL).exit_code == 0
+    fitted = CollaborativeRNN.load(out)
+    fitted.backend = "cupy"
+    fitted.save(out)
+    assert "or use backend 'numba'" in fails("evaluate", out, prepared / "table")
+    assert run("evaluate", out, prepared / "table", "--backend", "numpy").exit_code == 0
+    baseline = tmp_path / "b"
+    assert run("train", prepared / "table", "--model", "bigram", "--out", baseline).exit_code == 0
+    refused = run("evaluate", baseline, prepared / "table", "--backend", "numpy")
+    assert refused.exit_code == 2
+    assert "holds a baseline, which has no --backend" in refused.output
+
+
+def test_evaluate_tells_json_of_infinity(prepared, tmp_path, monkeypatch):
+    out = tmp_path / "m"
+    assert run("train", prepared / "table", "--out", out, *SMALL).exit_code == 0
+    scores = dict.fromkeys(("nll", "perplexity"), float("inf"))
+    monkeypatch.setattr(CollaborativeRNN, "evaluate", lambda *_, **__: scores)
+    result = run("evaluate", out, prepared / "table", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output) == {"nll": None, "perplexity": None}
 
 
 def test_evaluate_refuses(prepared, tmp_path):

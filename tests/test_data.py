@@ -238,6 +238,31 @@ def test_save_leaves_nothing_half_written(tmp_path, parts, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
 
 
+def test_an_interrupted_save_leaves_the_old_data_set(tmp_path, parts, monkeypatch):
+    data.save(parts, tmp_path / "set", {"like": "brightkite"})
+    rename, calls = data.os.rename, []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(*arguments)
+
+    monkeypatch.setattr(data.os, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.save(parts, tmp_path / "set", {}, replace=True)
+    assert data.load_stats(tmp_path / "set")["like"] == "brightkite"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_data_set_is_sound_where_a_logarithm_ends_in_another_digit(tmp_path, parts):
+    file = tmp_path / "set" / "stats.json"
+    data.save(parts, tmp_path / "set", {})
+    stats = json.loads(file.read_text())
+    write(file, json.dumps(stats | {"uniform_nll": stats["uniform_nll"] * (1 + 2e-16)}))
+    data.load(tmp_path / "set")
+
+
 @pytest.mark.parametrize("name", data.FILES)
 def test_load_finds_damage(tmp_path, parts, name):
     directory = tmp_path / "set"

@@ -227,3 +227,20 @@ def test_events_that_are_not_counted_change_no_earlier_event(drawn, more):
         np.testing.assert_array_equal(one.features[ours], other.features[theirs])
         known = max(len(s) - 1, 0)
         np.testing.assert_array_equal(one.experts[ours][:known], other.experts[theirs][:known])
+
+
+def test_counts_of_more_items_than_int32_has_pairs_of():
+    log = data.from_sequences([[50_000, 123, 50_000, 7], [50_000, 123]], 60_000)
+    counts = history.count(log)
+    row = slice(counts.begin[50_000], counts.begin[50_001])
+    assert counts.follower[row].tolist() == [7, 123]
+    assert counts.count[row].tolist() == [1, 2]
+    assert counts.begin[-1] == 3
+
+
+def test_a_user_who_repeats_one_item_takes_no_longer():
+    """Some 10^11 steps if each event looked at all before it."""
+    log = data.from_sequences([[0] * 500_000], 2)
+    past = tallies.past(log, history.count(log))
+    pairs = np.exp(past.features[1:, history.FEATURES.index("context_pair")].astype(float)) - 1
+    np.testing.assert_allclose(pairs, np.arange(499_999), rtol=1e-4, atol=1e-4)

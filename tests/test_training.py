@@ -515,6 +515,7 @@ def test_a_checkpoint_goes_on_to_more_epochs(tmp_path):
         {"spec": Spec(hidden_size=3, cell="tanh")},
         {"backend": "numba"},
         {"log": LOG._replace(items=11 - LOG.items)},
+        {"log": LOG._replace(item_ids=np.append(LOG.item_ids, "more"))},
         {"first_epoch": 2},
     ],
 )
@@ -534,6 +535,15 @@ def test_what_is_no_checkpoint(tmp_path):
         train(with_(epochs=2), checkpoint=file)
     with pytest.raises(ModelError, match="could not be written"):
         train(with_(epochs=2), checkpoint=tmp_path / "nowhere" / "c")
+
+
+def test_a_checkpoint_takes_no_other_file(tmp_path):
+    (tmp_path / "c.best").write_text("precious")
+    plan = with_(epochs=2, patience=1, refit=False)
+    with pytest.raises(ModelError, match=r"c.best is there and .*/c, whose second file"):
+        train(plan, checkpoint=tmp_path / "c")
+    train(with_(epochs=2, patience=1), checkpoint=tmp_path / "c")
+    assert (tmp_path / "c.best").read_text() == "precious"
 
 
 def test_checkpoints_begin_anew(tmp_path):

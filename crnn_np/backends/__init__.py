@@ -22,7 +22,8 @@ FUNCTIONS = (
 )
 
 Backend = ModuleType
-"""A module with `FUNCTIONS`; `workspace`, `train_run` and `PRODUCTS` where it has a fused run."""
+"""A module with `FUNCTIONS`; `workspace`, `train_run` and `PRODUCTS` where it has a fused run,
+`device`, `training_bytes` and `scoring_bytes` where it computes on a device."""
 
 
 def check_name(name: str) -> None:

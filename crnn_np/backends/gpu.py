@@ -112,7 +112,8 @@ class Device:
             reason = str(error).partition("\n")[0]
             raise DeviceError(
                 f"backend 'cupy' needs CuPy and the CUDA libraries ({reason}): "
-                'pip install "crnn_np[gpu]", or "crnn_np[gpu12]" for CUDA 12'
+                'pip install "crnn_np[gpu]", or "crnn_np[gpu12]" for CUDA 12; or use backend '
+                "'numba'"
             ) from error
         try:
             there = cupy.cuda.Device()

@@ -1,6 +1,6 @@
 """The NumPy reference: slow, plain, and the measure of every other backend.
 
-Shapes are those of design letters: T steps, B users side by side, S state vectors, D hidden
+Letters in shapes: T steps, B users side by side, S state vectors, D hidden
 units, G gates, I items, N cells with a target. Functions that differentiate accept complex arrays.
 """
 

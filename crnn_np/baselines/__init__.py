@@ -104,6 +104,8 @@ class Baseline(ABC):
 
     Learned: ClassVar[type]
     """A subclass's NamedTuple of arrays."""
+    SHAPES: ClassVar[dict[str, tuple[int | str, ...]]]
+    """Their shapes, of numbers and letters."""
 
     def __init__(self) -> None:
         self.learned: Any = None
@@ -152,7 +154,8 @@ class Baseline(ABC):
         validation : EventLog, optional
             The events that follow each user's training part, for the settings that are chosen by
             their error (Eq. 3); cut from the end of `train` where not given. What is learned in
-            the end comes from both.
+            the end comes from both, unless there is nothing to choose (`Uniform`, an n-gram with
+            a given `epsilon`).
 
         Raises
         ------
@@ -161,6 +164,8 @@ class Baseline(ABC):
         """
         if train.n_events == 0:
             raise DataError("the training part has no event: at least 1 was expected")
+        if validation is not None:
+            model.check_ids(train.user_ids, train.item_ids, validation)
         self.learned = self._fit(train, validation)
         self._user_ids, self._item_ids = train.user_ids, train.item_ids
         return self
@@ -192,7 +197,8 @@ class Baseline(ABC):
             The model is not fitted, or was fitted on other users or items.
         """
         self._check_fitted()
-        model.check_ids(self._user_ids, self._item_ids, train)
+        for log in (train, heldout):
+            model.check_ids(self._user_ids, self._item_ids, log)
         events = targets(train, heldout)
         nll, rank = self._score(events)
         return summarise(events.user, events.first, nll, rank, train.n_users, n, per_user)
@@ -231,6 +237,12 @@ class Baseline(ABC):
         if kind != cls.__name__:
             raise ModelError(f"{path}: this is a {kind}, a {cls.__name__} was expected")
         loaded = cls(**saved.settings)
+        ids = saved.user_ids, saved.item_ids
+        sizes = {"U": len(ids[0]), "U + 1": len(ids[0]) + 1, "I": len(ids[1])}
+        model.check_blocks(path, saved.params, cls.SHAPES, **sizes)
+        if "indptr" in cls.SHAPES:
+            history = EventLog(saved.params.indptr, saved.params.items, None, *ids)
+            model.check_history(path, history)
         loaded.learned = saved.params
         loaded._user_ids, loaded._item_ids = saved.user_ids, saved.item_ids
         return loaded

@@ -16,8 +16,8 @@ from hmmlearn.hmm import CategoricalHMM
 from scipy.special import xlogy
 
 from ..data import EventLog
-from ..errors import SettingsError
 from ..evaluation import summarise
+from ..settings import positive, whole
 from . import Baseline, Targets, targets, validation_parts
 
 Array = np.ndarray
@@ -85,6 +85,11 @@ class HMM(Baseline):
         smoothing: Array
         iterations: Array
 
+    SHAPES = {
+        **{"first": ("S",), "move": ("S", "S"), "emit": ("I", "S")},
+        **{"smoothing": (1,), "iterations": (1,)},
+    }
+
     def __init__(
         self,
         *,
@@ -94,17 +99,10 @@ class HMM(Baseline):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("n_states", n_states), ("iterations", iterations)):
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} is {value!r}: at least 1 or None was expected")
-        if smoothing is not None and not 0 < smoothing < np.inf:
-            raise SettingsError(
-                f"smoothing is {smoothing!r}: a positive number or None was expected"
-            )
-        self.n_states = n_states
-        self.smoothing = smoothing
-        self.iterations = iterations
-        self.seed = seed
+        self.n_states = whole("n_states", n_states, 1, optional=True)
+        self.smoothing = positive("smoothing", smoothing)
+        self.iterations = whole("iterations", iterations, 1, optional=True)
+        self.seed = whole("seed", seed, 0, (1 << 32) - 1)
 
     def __repr__(self) -> str:
         if self.learned is None:

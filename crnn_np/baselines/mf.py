@@ -11,8 +11,8 @@ import numba
 import numpy as np
 
 from ..data import EventLog
-from ..errors import SettingsError
 from ..evaluation import summarise
+from ..settings import positive, whole
 from . import Baseline, Targets, targets, validation_parts
 
 Array = np.ndarray
@@ -64,6 +64,8 @@ class MatrixFactorization(Baseline):
         items: Array
         penalty: Array
 
+    SHAPES = {"users": ("U", "D"), "items": ("I", "D"), "penalty": (1,)}
+
     def __init__(
         self,
         *,
@@ -73,16 +75,10 @@ class MatrixFactorization(Baseline):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if rank is not None and rank < 1:
-            raise SettingsError(f"rank is {rank!r}: at least 1 or None was expected")
-        if penalty is not None and not 0 < penalty < np.inf:
-            raise SettingsError(f"penalty is {penalty!r}: a positive number or None was expected")
-        if passes < 1:
-            raise SettingsError(f"passes is {passes!r}: at least 1 was expected")
-        self.rank = rank
-        self.penalty = penalty
-        self.passes = passes
-        self.seed = seed
+        self.rank = whole("rank", rank, 1, optional=True)
+        self.penalty = positive("penalty", penalty)
+        self.passes = whole("passes", passes, 1)
+        self.seed = whole("seed", seed, 0)
 
     def __repr__(self) -> str:
         if self.learned is None:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data import EventLog
-from ..errors import SettingsError
 from ..evaluation import summarise
+from ..settings import positive
 from . import Baseline, Targets, targets, validation_parts
 
 Array = np.ndarray
@@ -31,6 +31,8 @@ class Uniform(Baseline):
         """n_items int64[1]: I."""
 
         n_items: Array
+
+    SHAPES = {"n_items": (1,)}
 
     def _fit(self, train: EventLog, validation: EventLog | None) -> "Uniform.Learned":
         return self.Learned(np.array([train.n_items]))
@@ -70,11 +72,11 @@ class NGram(Baseline):
         counts: Array
         epsilon: Array
 
+    SHAPES = {"keys": ("K",), "counts": ("K",), "epsilon": (1,)}
+
     def __init__(self, *, epsilon: float | None = None) -> None:
         super().__init__()
-        if epsilon is not None and not 0 < epsilon < np.inf:
-            raise SettingsError(f"epsilon is {epsilon!r}: a positive number or None was expected")
-        self.epsilon = epsilon
+        self.epsilon = positive("epsilon", epsilon)
 
     @abstractmethod
     def _contexts(self, log: EventLog) -> Array:

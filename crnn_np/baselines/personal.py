@@ -71,6 +71,8 @@ class Personal(Baseline):
         n_items: Array
         weights: Array
 
+    SHAPES = {"indptr": ("U + 1",), "items": ("E",), "n_items": (1,), "weights": (7, 8, K)}
+
     def _fit(self, train: EventLog, validation: EventLog | None) -> "Personal.Learned":
         part, validation, whole = validation_parts(train, validation)
         walk = _walk(targets(part, validation))
