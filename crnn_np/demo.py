@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from .baselines import Bigram, Uniform, Unigram
+from .baselines import Baseline, Bigram, Uniform, Unigram
 from .data import EventLog, from_sequences
 from .errors import SettingsError
 from .estimator import CollaborativeRNN
 from .explain import write_figure
-from .methods import Model
 from .synthetic import Drawn, draw
 
 Progress = Callable[[int, int], object]
+Model = Baseline | CollaborativeRNN
 
 # Chosen on a validation part cut from the training part of the demo's log. With these sizes each
 # of the three has about 25,600 parameters, and takes about as long to train.
@@ -93,7 +93,7 @@ def compare(
 
 
 def _fit(model: Model, train: EventLog, progress: Progress | None) -> None:
-    if progress is None or not isinstance(model, CollaborativeRNN):
+    if progress is None or isinstance(model, Baseline):
         model.fit(train)
         return
     before = 0

@@ -52,7 +52,7 @@ def new(name: str, **settings: Any) -> Model:
                     f"{name} has {key} {value!r} and {settings[key]!r} was given: leave the "
                     "setting out or take another model"
                 )
-        return CollaborativeRNN(**settings, **RNNS[name])
+        return CollaborativeRNN(**settings | RNNS[name])
     if name not in BASELINES:
         raise SettingsError(f"there is no model {name!r}: {nearest(name, NAMES)}")
     kind = getattr(baselines, BASELINES[name])

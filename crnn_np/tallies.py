@@ -19,9 +19,25 @@ def past(log: EventLog, counts: Counts) -> Past:
     """
     features = np.zeros((log.n_events, len(FEATURES)), np.float32)
     experts = np.ones((log.n_events, 2))
-    _features(log.indptr, log.items, counts.unigram, counts.indptr, counts.items, features)
+    own = counts.unigram, counts.indptr, counts.items
+    _features(log.indptr, log.items, _earlier_pairs(log), *own, features)
     _experts(log.indptr, log.items, *counts, experts)
     return Past(log.indptr, log.items, features, experts, counts)
+
+
+def _earlier_pairs(log: EventLog) -> np.ndarray:
+    """int64[E]: of each event with the one before it, how often the user had this pair before."""
+    pair = log.items.astype(np.int64)
+    pair[1:] += log.n_items * pair[:-1]
+    pair[log.indptr[:-1][log.lengths > 0]] = -1  # no pair
+    order = np.argsort(pair, kind="stable")
+    user = np.repeat(np.arange(log.n_users), log.lengths)[order]
+    pair = pair[order]
+    begins = np.append(True, (pair[1:] != pair[:-1]) | (user[1:] != user[:-1]))[: pair.size]
+    n = np.arange(pair.size)
+    earlier = np.empty(pair.size, np.int64)
+    earlier[order] = n - np.maximum.accumulate(np.where(begins, n, 0))
+    return earlier
 
 
 @numba.njit(cache=True)
@@ -42,31 +58,10 @@ def novelty(indptr, items, n_items):
 
 
 @numba.njit(cache=True)
-def _pairs(items, n_items):
-    """Each event with the one before it, as one number, int64[E - 1]."""
-    return items[:-1].astype(np.int64) * n_items + items[1:]
-
-
-@numba.njit(cache=True)
-def _earlier_pairs(indptr, items, n_items):
-    """int64[E]: how often the user had the event before each event followed by this one, so far."""
-    earlier = np.zeros(items.size, np.int64)
-    for u in range(indptr.size - 1):
-        first = indptr[u] + 1
-        pairs = _pairs(items[indptr[u] : indptr[u + 1]], n_items)
-        order = np.argsort(pairs, kind="mergesort")
-        for k in range(1, order.size):
-            if pairs[order[k]] == pairs[order[k - 1]]:
-                earlier[first + order[k]] = earlier[first + order[k - 1]] + 1
-    return earlier
-
-
-@numba.njit(cache=True)
-def _features(indptr, items, unigram, own_indptr, own_items, features):
+def _features(indptr, items, pairs, unigram, own_indptr, own_items, features):
     """Fill `Past.features`, float32[E, F]; `history.FEATURES` says with what."""
     slow, fast, steady = np.exp2(-1 / NOVELTY_HALF_LIFE), 0.75, 0.9
     latest = np.full(unigram.size, -1)  # index of the item's latest event
-    pairs = _earlier_pairs(indptr, items, unigram.size)
     seen = np.zeros(unigram.size, np.int64)
     others = unigram.copy()
     for u in range(indptr.size - 1):
@@ -119,6 +114,12 @@ def _features(indptr, items, unigram, own_indptr, own_items, features):
 
 
 @numba.njit(cache=True)
+def _place(begin, follower, x, y):
+    """Where y stands, or would, among the followers of x in `history.Counts`."""
+    return begin[x] + np.searchsorted(follower[begin[x] : begin[x + 1]], y)
+
+
+@numba.njit(cache=True)
 def _experts(indptr, items, begin, follower, count, unigram, own_indptr, own_items, experts):
     """Fill `Past.experts`, float64[E, 2]; the arguments from begin on are `history.Counts`."""
     total = np.zeros(unigram.size, np.int64)
@@ -128,24 +129,25 @@ def _experts(indptr, items, begin, follower, count, unigram, own_indptr, own_ite
     everything = unigram.sum()
     of_user = np.zeros(unigram.size, np.int64)
     followed = np.zeros(unigram.size, np.int64)
+    own_count = np.zeros(count.size, np.int64)
     for u in range(indptr.size - 1):
         low, high = own_indptr[u], own_indptr[u + 1]
         for s in range(low, high):
             of_user[own_items[s]] += 1
             if s + 1 < high:
                 followed[own_items[s]] += 1
-        own = np.sort(_pairs(own_items[low:high], unigram.size))
+                own_count[_place(begin, follower, own_items[s], own_items[s + 1])] += 1
         n = everything - (high - low)
         for e in range(indptr[u], indptr[u + 1] - 1):
             x, y = items[e], items[e + 1]
             common = (unigram[y] - of_user[y] + FLOOR) / (n + FLOOR * unigram.size)
-            row = follower[begin[x] : begin[x + 1]]
-            q = np.searchsorted(row, y)
-            times = count[begin[x] + q] if q < row.size and row[q] == y else 0
-            pair = np.int64(x) * unigram.size + y
-            times -= np.searchsorted(own, pair, "right") - np.searchsorted(own, pair)
+            q = _place(begin, follower, x, y)
+            counted = q < begin[x + 1] and follower[q] == y
+            times = count[q] - own_count[q] if counted else 0
             experts[e, 0] = (times + SMOOTHING * common) / (total[x] - followed[x] + SMOOTHING)
             experts[e, 1] = common
         for s in range(low, high):
             of_user[own_items[s]] = 0
             followed[own_items[s]] = 0
+            if s + 1 < high:
+                own_count[_place(begin, follower, own_items[s], own_items[s + 1])] = 0

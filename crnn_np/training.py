@@ -344,6 +344,15 @@ def _read_checkpoint(
     return [Report(*values, None, None) for values in saved.settings["reports"]], *saved[:2]
 
 
+def _check_kept(path: Path) -> None:
+    """Raise ModelError where the second file of a checkpoint would replace one of another kind."""
+    if path.exists() and "key" not in model.load_settings(path):
+        raise ModelError(
+            f"{path} is a model, and the checkpoint's second file would replace it: choose another "
+            "name for the checkpoint, or move that file"
+        )
+
+
 def _best_epoch(reports: list[Report]) -> int | None:
     """Epoch with the lowest validation error, the first of equal ones; NaN never is."""
     tried = [r for r in reports if r.validation and r.validation["nll"] < np.inf]
@@ -414,17 +423,15 @@ def epochs(
         model.check_ids(log.user_ids, log.item_ids, validation)
     module = backends.get(backend)
     made: list[Report] = []
+    key = None
     if checkpoint is not None:
         fixed = vars(plan) if plan.patience else vars(plan) | {"epochs": None}
         settings = [backend, vars(spec), vars(rule), fixed, first_epoch, log.n_users, log.n_items]
         key = json.dumps([*settings, checksum(log, validation)])
         if Path(checkpoint).exists():
             made, params, accumulators = _read_checkpoint(checkpoint, key)
-        elif keeps_best(plan) and Path(f"{checkpoint}.best").exists():
-            raise ModelError(
-                f"{checkpoint}.best is there and {checkpoint}, whose second file it would be, is "
-                "not: choose another name for the checkpoint, or move that file"
-            )
+        elif keeps_best(plan):
+            _check_kept(Path(f"{checkpoint}.best"))
     work = workspace(module, spec, plan, log)
 
     def train(phase: str, part: EventLog, first: int, last: int) -> Iterator[Report]:
@@ -469,7 +476,7 @@ def epochs(
             report = report._replace(best_epoch=_best_epoch([*made, report]))
             made.append(report)
             if phase == "choose" and keeps_best(plan) and report.best_epoch == epoch:
-                model.save(kept, params, accumulators, {}, log.user_ids, log.item_ids)
+                model.save(kept, params, accumulators, {"key": key}, log.user_ids, log.item_ids)
             if checkpoint is not None:
                 state = {"key": key, "reports": [r[:-2] for r in made]}
                 model.save(checkpoint, params, accumulators, state, log.user_ids, log.item_ids)

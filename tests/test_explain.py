@@ -268,7 +268,7 @@ def test_a_file_without_sequences(model, tmp_path):
 @pytest.mark.parametrize("name", ["nowhere/p.png", "p.jpgx", "p"])
 def test_wrong_pictures(model_file, tmp_path, name):
     line = fails(model_file, "--user", "ann", "--plot", tmp_path / name)
-    assert "its folder does not exist" in line or "end in one of" in line
+    assert "its folder does not exist" in line or "end in .png, .svg, .pdf or" in line
     assert not list(tmp_path.iterdir())
 
 

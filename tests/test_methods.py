@@ -34,8 +34,11 @@ def test_the_same_interface(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", methods.RNNS)
-def test_an_rnn_is_what_its_name_says(name):
-    spec = methods.new(name, preset="mixture").settings.spec
+@pytest.mark.parametrize("settings", [{}, {"preset": "mixture"}, {"cell": "gru"}])
+def test_an_rnn_is_what_its_name_says(name, settings):
+    if name == "c-tanh":
+        settings = settings | {"cell": "tanh"}
+    spec = methods.new(name, **settings).settings.spec
     cell = ("c-" if spec.sharing == "collaborative" else "p-") + spec.cell
     assert (cell, spec.output) == (("c-gru", name) if name == "mixture" else (name, "softmax"))
 

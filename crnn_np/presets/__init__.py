@@ -51,8 +51,7 @@ def resolve(preset: str | None = "paper", like: str | None = None, **changes: An
     Raises
     ------
     SettingsError
-        There is no such preset or setting, a value is out of range, or `like` came without a
-        preset.
+        There is no such preset or setting, or a value is out of range.
     """
     chosen: dict[str, Any] = {}
     if preset is not None:
@@ -63,11 +62,6 @@ def resolve(preset: str | None = "paper", like: str | None = None, **changes: An
         chosen |= special.get(like, {})
     if like is not None and like not in LIKES:
         raise SettingsError(f"like is {like!r}: {nearest(like, LIKES)}")
-    if like is not None and preset is None:
-        raise SettingsError(
-            f"like is {like!r} and preset is None: only a preset has settings for a kind of log; "
-            f"name one, {' or '.join(names())}"
-        )
     chosen |= {k: v.item() if isinstance(v, np.generic) else v for k, v in changes.items()}
     known = [f.name for cls in CLASSES for f in fields(cls)]
     for name in chosen:
