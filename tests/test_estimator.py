@@ -334,3 +334,14 @@ def test_training_goes_on_from_a_file(tmp_path, backend):
 def test_load_refuses_what_is_no_model(tmp_path):
     with pytest.raises(ModelError, match="no such model file"):
         CollaborativeRNN.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_dense_rows_after_touched_ones_keep_their_mean_squares(backend):
+    fitted = small(backend=backend, W_in_rows="touched").fit(TRAIN)
+    before = fitted.accumulators.W_in.copy()
+    steps = int(fitted.accumulators.step[0])
+    fitted.set_params(W_in_rows="dense").partial_fit(TRAIN)
+    more = int(fitted.accumulators.step[0]) - steps
+    decayed = fitted.settings.rule.rho**more * before
+    assert (fitted.accumulators.W_in >= decayed * (1 - 1e-5)).all()

@@ -170,6 +170,12 @@ def test_an_id_of_two_lines_is_told_and_a_note_of_two_lines_is_not(tmp_path, cap
     assert "1 of 202 rows are malformed (row 203: no readable user)" in caplog.text
 
 
+def test_a_long_note_of_many_lines(tmp_path):
+    note = "a line\n" * 200_000
+    log = reading.read_events(write(tmp_path / "n.csv", f'user,item,note\na,x,"{note}"\na,y,n\n'))
+    assert log.n_events == 2
+
+
 @pytest.mark.parametrize(
     ("written", "seconds"),
     [

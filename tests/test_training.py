@@ -565,6 +565,16 @@ def test_checkpoints_begin_anew(tmp_path):
 # Divergence
 
 
+def test_parameters_that_the_last_window_spoils(monkeypatch):
+    def spoil(backend, spec, rule, plan, params, *_):
+        params.W_out[-1, -1] = np.nan
+        return 1.0, 1
+
+    monkeypatch.setattr(training, "_train_epoch", spoil)
+    with pytest.raises(TrainingError, match="W_out is infinite or NaN somewhere after epoch 1"):
+        train(with_(epochs=2))
+
+
 @pytest.mark.parametrize("backend", backends.MODULES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixture"])

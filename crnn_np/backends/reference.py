@@ -1,7 +1,7 @@
 """The NumPy reference: slow, plain, and the measure of every other backend.
 
-Letters in shapes: T steps, B users side by side, S state vectors, D hidden
-units, G gates, I items, N cells with a target. Functions that differentiate accept complex arrays.
+Letters in shapes: T steps, B users side by side, S state vectors, D hidden units, G gates, I items,
+N cells with a target. Functions that differentiate accept complex arrays.
 """
 
 import numpy as np
