@@ -407,7 +407,8 @@ def epochs(
         Parameters to go on from, with early stopping or a checkpoint; fewer epochs than the
         checkpoint has.
     ModelError
-        The checkpoint is of another training, or cannot be written.
+        The checkpoint is of another training, cannot be written, or would replace a model; the
+        validation part is of other users or items.
     TrainingError
         The loss, or a parameter, became infinite or NaN.
     DataError

@@ -161,6 +161,8 @@ class Baseline(ABC):
         ------
         DataError
             There is no event to learn from.
+        ModelError
+            The validation part is of other users or items.
         """
         if train.n_events == 0:
             raise DataError("the training part has no event: at least 1 was expected")
