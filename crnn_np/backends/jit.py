@@ -38,6 +38,7 @@ Kernels of the recurrent network live in this file alone, since Numba's disk cac
 """
 
 import ctypes
+import functools
 import logging
 import math
 import os
@@ -235,6 +236,7 @@ if os.name == "nt":
 else:
     _sleep, NAP = types.ExternalFunction("usleep", types.int32(types.uint32)), 50  # microseconds
 
+PATIENCE = 1.5  # seconds that a kernel is read or compiled without a word
 SPINS = 200_000  # looks at the gate, a tenth of a millisecond, before a thread naps between them
 ARRIVED, ROUND, LOOKS = 0, 8, 9  # the first two a cache line apart
 
@@ -263,10 +265,15 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+@functools.cache
+def _tell() -> None:
+    """Say, once in a process, what takes so long."""
+    log_.info("compiling for this processor, up to a minute; later runs read the result from disk")
+
+
 def _load(kernel: Callable[..., Any], *arguments: Any) -> None:
     """Read a kernel from the disk cache or compile it, and say so where that takes long."""
-    message = "compiling for this processor, up to a minute; later runs read the result from disk"
-    patience = threading.Timer(1.5, log_.info, [message])
+    patience = threading.Timer(PATIENCE, _tell)
     patience.daemon = True
     patience.start()
     try:

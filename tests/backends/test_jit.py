@@ -1,10 +1,12 @@
 """What is particular to the compiled backend: its cache, its threads, blocks and tiles."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numba
@@ -325,3 +327,22 @@ def test_tiles_updated_ahead_are_not_updated_again(monkeypatch):
         found.append((W_out, ms, out.E[:, :m], out.S, out.U))
     for plain, early in zip(*found, strict=True):
         np.testing.assert_array_equal(early, plain)
+
+
+def test_compilation_is_told_once_and_only_where_it_takes_long(monkeypatch, caplog):
+    class Kernel:
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def compile(self, kinds):
+            time.sleep(self.seconds)
+
+    caplog.set_level(logging.INFO, "crnn_np")
+    jit._tell.cache_clear()
+    jit._load(Kernel(0))
+    assert not caplog.records
+    monkeypatch.setattr(jit, "PATIENCE", 0.01)
+    for _ in range(2):
+        jit._load(Kernel(0.5))
+    [record] = caplog.records
+    assert "compiling for this processor" in record.getMessage()
