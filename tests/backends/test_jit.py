@@ -13,6 +13,7 @@ import numba
 import numpy as np
 import pytest
 import scipy
+from numba.core.dispatcher import Dispatcher
 
 import crnn_np
 from crnn_np import model, training
@@ -86,6 +87,24 @@ def test_a_second_process_finds_the_compiled_code_on_disk(tmp_path):
     assert (second["hits"], second["misses"]) == (1, 0)
     assert files(tmp_path) == written
     assert second["runs"] == first["runs"]
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_no_size_has_code_of_its_own(mixture):
+    """Trained and scored: compiled for a dtype, whatever U, I, T, B and D."""
+    rng = np.random.default_rng(0)
+    compiled = []
+    for U, I, T, B, D in (3, 50, 8, 2, 4), (7, 333, 64, 5, 9), (2, 1, 1, 1, 1), (5, 97, 128, 1, 33):
+        log = from_sequences([rng.integers(0, I, 40) for _ in range(U)], I)
+        preset = "mixture" if mixture else None
+        options = {"hidden_size": D, "window": T, "batch": B, "epochs": 1}
+        fitted = crnn_np.CollaborativeRNN(preset=preset, **options).fit(log)
+        fitted.evaluate(*crnn_np.data.cut_tail(log, [3] * U))
+        compiled.append(
+            {name: len(f.signatures) for name, f in vars(jit).items() if isinstance(f, Dispatcher)}
+        )
+    assert compiled[0]["_train"] > 0
+    assert compiled[1:] == compiled[:1] * 3
 
 
 @pytest.mark.parametrize("items", [1, 96, 97, 5_000])
