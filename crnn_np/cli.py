@@ -98,7 +98,8 @@ def _separator(context, parameter, value):
 @click.option("--item-column", default="item", show_default=True, help="Tables: column of items.")
 @click.option(
     "--time-column",
-    help="Tables: column of times, ISO 8601 (UTC if they do not say) or seconds since 1970.  "
+    help="Tables: column of times, ISO 8601 (UTC if they do not say), or seconds or "
+    "milliseconds since 1970.  "
     "[default: time, if there is one; without times the order of the file is the order]",
 )
 @click.option(

@@ -8,7 +8,7 @@ from typing import Any
 from . import backends, evaluation, model, planning, training
 from . import explain as explanation
 from .data import EventLog, concatenate
-from .errors import ModelError
+from .errors import ModelError, SettingsError
 from .presets import Settings, resolve
 
 
@@ -90,7 +90,17 @@ class CollaborativeRNN:
         """Change settings for the next fit; returns self.
 
         A preset replaces all of them but the backend.
+
+        Raises
+        ------
+        SettingsError
+            As the constructor; or `like` without a preset.
         """
+        if settings.get("like") is not None and settings.get("preset") is None:
+            raise SettingsError(
+                f"like is {settings['like']!r} and no preset is set that may have settings for it: "
+                "give the preset too, or leave like out"
+            )
         kept = {"backend": self.backend} if "preset" in settings else self.get_params()
         changed = CollaborativeRNN(**(kept | settings))
         self.settings, self.backend = changed.settings, changed.backend

@@ -25,6 +25,7 @@ BLOCK = 1 << 20  # bytes the parser takes at a time, and longest line
 HOPELESS = 1000  # lines of which none has the right number of columns
 N_EXAMPLES = 5
 PACKED = {b"PK\3\4": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+LAST = 253_402_300_799  # second of the year 9999
 NUMBER = r"^-?\d{1,15}(\.\d*)?$"
 DAY = r"^\d{4}-\d\d-\d\d"
 CLOCK = r"[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?"
@@ -115,9 +116,9 @@ def read_counted(
     drop_null_place : bool
         Leave out Brightkite check-ins at the place of 32 zeros ("no place").
     user_column, item_column, time_column : str
-        Columns of a table. Times are ISO 8601 (UTC if they do not say) or seconds since 1970;
-        by default they are in the column `time` if there is one, and without times the order of
-        the file is the order.
+        Columns of a table. Times are ISO 8601 (UTC if they do not say) or seconds since 1970, or
+        milliseconds, where most would be after the year 9999 as seconds; by default they are in
+        the column `time` if there is one, and without times the order of the file is the order.
     separator : str, optional
         Of the columns of a text table; by default found from the header. Quotes have no
         meaning where it is a tab.
@@ -729,5 +730,8 @@ def _in_order(users, items, times, user_ids, item_ids, newest_first: bool) -> Ev
     order = np.lexsort((users,) if times is None else (times, users))
     counts = np.bincount(users, minlength=len(user_ids))
     indptr = np.concatenate(([0], np.cumsum(counts)))
-    times = None if times is None else times[order]
+    if times is not None:
+        times = times[order]
+        if times.size and np.median(times) > LAST:
+            times = times // 1000
     return EventLog(indptr, items[order], times, user_ids, item_ids)

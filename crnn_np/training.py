@@ -391,7 +391,8 @@ def epochs(
     params, accumulators : optional
         Go on from these, in place; freshly initialised where not given. Not with early stopping.
     first_epoch : int
-        Number of the first epoch; the order of users and the dropout masks depend on it.
+        Number of the first epoch; the order of users and the dropout masks depend on it. Not with
+        early stopping.
     checkpoint : path, optional
         File to write after each epoch. Where it is there, its epochs are reported again, with the
         arrays of the last one, and training goes on after it, with the same number of threads to
@@ -404,8 +405,8 @@ def epochs(
     Raises
     ------
     SettingsError
-        Parameters to go on from, with early stopping or a checkpoint; fewer epochs than the
-        checkpoint has.
+        Parameters to go on from, with early stopping or a checkpoint; another first epoch, with
+        early stopping; fewer epochs than the checkpoint has.
     ModelError
         The checkpoint is of another training, cannot be written, or would replace a model; the
         validation part is of other users or items.
@@ -419,6 +420,11 @@ def epochs(
         raise SettingsError(
             f"{other} and parameters to go on from were given: early stopping and checkpoints "
             "begin anew; set patience=0 and no checkpoint, or leave the parameters out"
+        )
+    if plan.patience and first_epoch != 1:
+        raise SettingsError(
+            f"first_epoch is {first_epoch} and patience is {plan.patience}: early stopping begins "
+            "with epoch 1; set patience=0, or leave first_epoch out"
         )
     if validation is not None:
         model.check_ids(log.user_ids, log.item_ids, validation)

@@ -98,6 +98,16 @@ def test_set_params_takes_a_preset():
     assert model.settings == resolve("authors", epochs=3)
 
 
+def test_set_params_takes_no_kind_of_log_alone():
+    """There is no preset left in the settings that could say more of it."""
+    model = small()
+    with pytest.raises(SettingsError, match="like is 'lastfm' and no preset is set"):
+        model.set_params(like="lastfm")
+    assert model.get_params() == small().get_params()
+    model.set_params(preset="authors", like="lastfm")
+    assert model.settings == resolve("authors", "lastfm")
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -201,6 +201,18 @@ def test_times_of_several_kinds_in_one_file(tmp_path):
     assert log.times.tolist() == [1, 12, 1241395200, 1241478480, 1241478537]
 
 
+def test_milliseconds(tmp_path):
+    """In the order of the milliseconds, kept as seconds; one wild number does not make them so."""
+    when = 1241478537
+    text = "user,item,time\n" + "".join(f"a,{ms},{when}{ms}\n" for ms in ("750", "250", "500"))
+    log = reading.read_events(write(tmp_path / "log", text))
+    assert sequences(log) == {"a": ["250", "500", "750"]}
+    assert log.times.tolist() == [when] * 3
+    text = f"user,item,time\na,x,{when}\na,y,{when + 1}\na,z,{10**14}\n"
+    log = reading.read_events(write(tmp_path / "log", text))
+    assert log.times.tolist() == [when, when + 1, 10**14]
+
+
 def parquet(path, **columns):
     pq.write_table(pa.table(columns), path)
     return path

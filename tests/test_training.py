@@ -562,6 +562,11 @@ def test_checkpoints_begin_anew(tmp_path):
         train(params=params, checkpoint=tmp_path / "c")
 
 
+def test_early_stopping_begins_with_the_first_epoch():
+    with pytest.raises(SettingsError, match="first_epoch is 3 and patience is 2"):
+        train(with_(patience=2), first_epoch=3)
+
+
 # Divergence
 
 
