@@ -43,15 +43,18 @@ import logging
 import math
 import os
 import platform
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba._dispatcher import compute_fingerprint
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
@@ -231,10 +234,7 @@ def _read(context, array, index):
     return types.int64(array, types.intp), codegen
 
 
-if os.name == "nt":
-    _sleep, NAP = types.ExternalFunction("Sleep", types.void(types.uint32)), 1  # ms
-else:
-    _sleep, NAP = types.ExternalFunction("usleep", types.int32(types.uint32)), 50  # microseconds
+_sleep, NAP = types.ExternalFunction("usleep", types.int32(types.uint32)), 50  # microseconds
 
 PATIENCE = 1.5  # seconds that a kernel is read or compiled without a word
 SPINS = 200_000  # looks at the gate, a tenth of a millisecond, before a thread naps between them
@@ -271,8 +271,14 @@ def _tell() -> None:
     log_.info("compiling for this processor, up to a minute; later runs read the result from disk")
 
 
+_loaded: set[tuple[Callable[..., Any], bytes]] = set()  # kernels and the types of arguments
+
+
 def _load(kernel: Callable[..., Any], *arguments: Any) -> None:
     """Read a kernel from the disk cache or compile it, and say so where that takes long."""
+    key = kernel, compute_fingerprint(arguments)  # 20 times as fast as typeof
+    if key in _loaded:
+        return
     patience = threading.Timer(PATIENCE, _tell)
     patience.daemon = True
     patience.start()
@@ -280,25 +286,52 @@ def _load(kernel: Callable[..., Any], *arguments: Any) -> None:
         kernel.compile(tuple(map(numba.typeof, arguments)))
     finally:
         patience.cancel()
+    _loaded.add(key)
+
+
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Ctrl-C waits for the end: a thread that is missing leaves the others at the gate for ever."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *given: came.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 def _together(n: int, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Results of kernel(p, n, gate, *arguments) in n threads, p = 0 in the caller's."""
     gate = np.zeros(16, np.int64)
     gate[LOOKS] = SPINS if n <= _cores() else 0  # there the others want the core at once
-    results = [None] * n
-    if not kernel.signatures:
-        _load(kernel, np.int64(0), np.int64(n), gate, *arguments)
+    _load(kernel, np.int64(0), np.int64(n), gate, *arguments)
+    results, ready, all_here = [None] * n, threading.Event(), False
 
     def work(p: int) -> None:
         results[p] = kernel(np.int64(p), np.int64(n), gate, *arguments)
 
-    others = [threading.Thread(target=work, args=(p,)) for p in range(1, n)]
-    for thread in others:
-        thread.start()
-    work(0)
-    for thread in others:
-        thread.join()
+    def work_beside(p: int) -> None:
+        ready.wait()
+        if all_here:
+            work(p)
+
+    others = [threading.Thread(target=work_beside, args=(p,), daemon=True) for p in range(1, n)]
+    with _unbroken():
+        try:
+            for thread in others:
+                thread.start()
+            all_here = True
+        finally:
+            ready.set()
+        work(0)
+        for thread in others:
+            thread.join()
     return results
 
 
@@ -1737,10 +1770,13 @@ def _logit_full(H, j, W_out, i, out):
 
 
 def _logit_half(H, j, W_out, i, out):
-    """Of the rounded factors, as the logits in the sum of exponentials are."""
+    """Of the rounded factors, as the logits in the sum of exponentials are.
+
+    Not from HT, which a faster thread may be filling for the next block.
+    """
     logit = H.dtype.type(0)
     for d in range(H.shape[1]):
-        logit += _unhalf(out.HT[d // 2, j, d % 2]) * _unhalf(_half(W_out[i, d]))
+        logit += _unhalf(_half(H[j, d] * H.dtype.type(LOG2_E))) * _unhalf(_half(W_out[i, d]))
     return logit * H.dtype.type(math.log(2))
 
 

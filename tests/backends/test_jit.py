@@ -4,10 +4,14 @@ import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba
 import numpy as np
@@ -126,6 +130,62 @@ def test_any_number_of_threads_gives_the_same_result():
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max())
     assert runs[3] == runs[1]
     assert runs[4] == runs[2]
+
+
+HELD_UP = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numba, numpy as np
+from crnn_np import backends, evaluation, model, training
+from crnn_np.backends import jit
+from crnn_np.data import from_sequences
+from crnn_np.model import Spec
+from crnn_np.optim import Rule
+from crnn_np.windows import Plan, epoch_slices
+
+N, *options = sys.argv[1:]
+N, backend = int(N), backends.get("numba")
+rng = np.random.default_rng(0)
+log = from_sequences([rng.integers(0, 200, N + 1)], 200)
+plan = Plan(batch=1, window=N)
+jit.AMX = jit.AMX and "amx" in options
+spec = Spec(
+    hidden_size=16,
+    memory=9,
+    output="mixture" if "mixture" in options else "softmax",
+    products="full" if "full" in options else "bfloat16",
+)
+start, past = model.initialise(spec, 1, 200, 1), evaluation.read_past(spec, log)
+for threads in (2, 3):
+    numba.set_num_threads(threads)
+    found = set()
+    for _ in range(60):
+        params = type(start)(*(block.copy() for block in start))
+        work, s = training.workspace(backend, spec, plan, log), np.zeros((1, 1, 16), np.float32)
+        run, acc = epoch_slices(plan, log.lengths, 1).part(0, 1), model.new_accumulators(params)
+        loss, _ = training.train_run(
+            backend, spec, Rule(), 1.0, params, acc, s, log, run, work, past
+        )
+        found.add((loss, b"".join(block.tobytes() for block in params)))
+    print(threads, len(found))
+"""
+PRODUCTS = [
+    "full",
+    pytest.param("half", marks=pytest.mark.skipif(not jit.HALF, reason="no bfloat16")),
+    pytest.param("amx", marks=pytest.mark.skipif(not jit.AMX, reason="no AMX")),
+]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="can't hold threads up")
+@pytest.mark.parametrize("events", [449, 481])
+@pytest.mark.parametrize("output", ["softmax", "mixture"])
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_threads_that_hold_each_other_up_change_nothing(products, output, events):
+    """Two blocks of events, padded to different sizes, and one core for all threads."""
+    given = [sys.executable, "-c", HELD_UP, str(events), products, output]
+    environment = os.environ | {"NUMBA_NUM_THREADS": "3"}
+    environment["PYTHONPATH"] = str(Path(crnn_np.__file__).parents[1])
+    assert subprocess.check_output(given, env=environment, text=True) == "2 1\n3 1\n"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="masks x86 features")
@@ -281,16 +341,19 @@ def train(spec=SPEC, plan=PLAN):
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("cell", ["gru", "tanh"])
 def test_nothing_depends_on_what_work_arrays_hold_before(monkeypatch, cell, dtype):
-    spec = Spec(**{**vars(SPEC), "cell": cell, "dtype": dtype})
+    spec = Spec(**{**vars(SPEC), "cell": cell, "dtype": dtype, "memory": 9})
+    specs = [spec, replace(spec, output="mixture")]
+    if jit.HALF and dtype == "float32":
+        specs += [replace(one, products="bfloat16") for one in specs]
     H, W_out, y = draw(130, 70, 5, dtype)
 
     def everything():
-        yield train(spec)
+        yield from map(train, specs)
         for result in (jit.output, jit.score):
             yield from (np.asarray(a).tobytes() for a in result("softmax", H, W_out, y))
 
     expected = list(everything())
-    empty = np.empty
+    empty, aligned, poisoned = np.empty, jit._aligned, set()
 
     def garbage(shape, dtype=float, *args, **kwargs):
         array = empty(shape, dtype, *args, **kwargs)
@@ -298,8 +361,17 @@ def test_nothing_depends_on_what_work_arrays_hold_before(monkeypatch, cell, dtyp
             array.fill(np.nan if array.dtype.kind == "f" else -7)
         return array
 
+    def spoilt(shape, dtype):
+        array = aligned(shape, dtype)  # the padding of words of two bfloat16 has to be 0
+        if array.dtype.kind == "f":
+            array.fill(np.nan)
+            poisoned.add(array.shape)
+        return array
+
     monkeypatch.setattr(np, "empty", garbage)
+    monkeypatch.setattr(jit, "_aligned", spoilt)
     assert list(everything()) == expected
+    assert len(poisoned) > 10
 
 
 @pytest.mark.parametrize("W_in_rows", ["touched", "dense"])
@@ -365,3 +437,66 @@ def test_compilation_is_told_once_and_only_where_it_takes_long(monkeypatch, capl
         jit._load(Kernel(0.5))
     [record] = caplog.records
     assert "compiling for this processor" in record.getMessage()
+
+
+def test_every_signature_is_loaded_once_and_before_the_threads(monkeypatch):
+    """Or all of them would compile it, without a word."""
+    add = numba.njit(lambda p, n, gate, x: p + x)
+    loaded, real = [], add.compile
+    monkeypatch.setattr(add, "compile", lambda given: (loaded.append(given[-1]), real(given)))
+    for x in np.int64(1), np.int64(2), np.float64(0.5), np.float64(1.5):
+        assert jit._together(3, add, x) == [x, x + 1, x + 2]
+    assert loaded == [numba.int64, numba.float64]
+
+
+# Threads that are missing
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The helpers that were started, and what comes after each start."""
+    monkeypatch.setattr(numba, "get_num_threads", lambda: 3)
+    starts, real = SimpleNamespace(helpers=[], then=lambda: None), threading.Thread.start
+
+    def start(thread):
+        if isinstance(thread, threading.Timer):
+            return real(thread)
+        starts.helpers.append(thread)
+        real(thread)
+        return starts.then()
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    return starts
+
+
+def meeting():
+    """`score` in three threads, which meet in it."""
+    H, W_out = np.ones((40, 5), np.float32), np.ones((300, 5), np.float32)
+    return jit.score("softmax", H, W_out, np.zeros(40, np.int32))
+
+
+def test_a_thread_that_does_not_start_leaves_none_waiting(monkeypatch, starts):
+    def refuse():
+        if len(starts.helpers) == 2:
+            raise RuntimeError("can't start new thread")
+
+    starts.then = refuse
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        meeting()
+    for thread in starts.helpers:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_ctrl_c_waits_for_all_threads(monkeypatch, starts):
+    expected = meeting()
+    starts.then = lambda: signal.raise_signal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        meeting()
+    assert len(starts.helpers) == 4
+    assert not any(thread.is_alive() for thread in starts.helpers)
+    assert signal.getsignal(signal.SIGINT) is before
+    starts.then = lambda: None
+    for one, other in zip(meeting(), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
