@@ -1,5 +1,6 @@
 """The command ``crnn-np``."""
 
+import errno
 import json
 import logging
 import math
@@ -34,6 +35,10 @@ class Commands(click.Group):
             return super().invoke(context)
         except CrnnError as error:
             raise click.ClickException(" ".join(str(error).split())) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click ends quietly
+                raise
+            raise click.ClickException(f"a file can't be read or written: {error}") from error
 
 
 class _ToStderr(logging.Handler):
@@ -53,6 +58,9 @@ def main():
     crnn-np evaluate bk.model bk
     crnn-np explain bk.model --user 241 --plot 241.png
     """
+    for stream in (sys.stdout, sys.stderr):  # ids may have letters that a terminal lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("crnn_np")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
@@ -382,21 +390,23 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
             places += [("--checkpoint", checkpoint), ("--checkpoint", f"{checkpoint}.best")]
         _check_places(directory, places)
     parts = data.load(directory)
-    changes = {key: value for key, value in changes.items() if value is not None}
+    given = changes = {key: value for key, value in changes.items() if value is not None}
     if name in methods.BASELINES:
         source = click.get_current_context().get_parameter_source
         strange = ("dry_run", "checkpoint", "preset", "backend", "log_file")
-        given = [x for x in strange if source(x) is click.core.ParameterSource.COMMANDLINE]
-        if given:
-            flags = " and no ".join("--" + x.removesuffix("_file").replace("_", "-") for x in given)
+        named = [x for x in strange if source(x) is click.core.ParameterSource.COMMANDLINE]
+        if named:
+            flags = " and no ".join("--" + x.removesuffix("_file").replace("_", "-") for x in named)
             raise click.BadOptionUsage("--model", f"{name} has no {flags}")
         model = methods.new(name, **changes).fit(parts.train)
         model.save(out)
         click.echo(f"{model}\nmodel written to {out}")
         return
     preset = preset or ("mixture" if "mixture" in (name, changes.get("output")) else "paper")
-    changes |= {"preset": preset, "like": data.load_stats(directory)["like"], "backend": backend}
+    like = data.load_stats(directory)["like"]
+    changes = changes | {"preset": preset, "like": like, "backend": backend}
     model = methods.new(name, **changes) if name else CollaborativeRNN(**changes)
+    _check_used(given, model.settings)
     if dry_run:
         _dry_run(model, parts.train)
         return
@@ -410,19 +420,38 @@ def train(directory, out, dry_run, name, preset, backend, log_file, checkpoint, 
     lines, mode = [{"data": str(directory), "settings": model.get_params()}], "w"
     with _epoch_progress() as progress:  # only now: its clock would count the compilation
         for report in model.epochs(parts.train, progress=progress, checkpoint=checkpoint):
+            if report.phase != "choose":
+                model.save(out)
             record = report._asdict()
             del record["params"], record["accumulators"]
             lines.append(record | {"events_per_second": report.events / report.seconds})
             _write_log(log_path, lines, mode)
             lines, mode = [], "a"
             click.echo(_epoch_line(report))
-            if report.phase != "choose":
-                model.save(out)
     if checkpoint:
         Path(checkpoint).unlink(missing_ok=True)
         if keeps_best(model.settings.plan):
             Path(f"{checkpoint}.best").unlink(missing_ok=True)
     click.echo(f"model written to {out}, log to {log_path}")
+
+
+def _check_used(given, settings):
+    """Raise where an option was given that nothing reads with these settings."""
+    spec, _, plan = settings
+    idle = {}
+    if spec.output != "mixture":
+        idle |= dict.fromkeys(("pointers", "memory", "gate_size"), f"output is {spec.output}")
+    if spec.cell == "tanh":
+        idle["candidate"] = "cell is tanh"
+    if not plan.patience:
+        early = "refit", "validation_range", "validation_fraction"
+        idle |= dict.fromkeys(early, "patience is 0")
+    for name in given:
+        if name in idle:
+            option = "--" + name.replace("_", "-")
+            raise click.BadOptionUsage(
+                option, f"{option} has no effect where {idle[name]}: leave it out, or change that"
+            )
 
 
 def _check_places(directory, places):

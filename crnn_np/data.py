@@ -69,7 +69,7 @@ class Split(NamedTuple):
 
 
 def is_sound(log: EventLog) -> bool:
-    """Whether the numbers of a log that was read from a file are in range and order."""
+    """Whether the numbers of a log are in range and order."""
     indptr, items = log.indptr, log.items
     return bool(
         indptr.shape == (len(log.user_ids) + 1,)
@@ -77,6 +77,21 @@ def is_sound(log: EventLog) -> bool:
         and (np.diff(indptr) >= 0).all()
         and (items.size == 0 or 0 <= items.min() <= items.max() < log.n_items)
     )
+
+
+def check_log(log: EventLog) -> None:
+    """Raise DataError where this is no log, or its numbers are not in range and order."""
+    if not isinstance(log, EventLog):
+        raise DataError(
+            f"a {type(log).__name__} came, an EventLog was expected: make one with from_sequences, "
+            "read_events or load, whose result has two, train and heldout"
+        )
+    if not is_sound(log):
+        raise DataError(
+            "the log's numbers do not fit each other: indptr rises from 0 to the number of events, "
+            "with one number more than users, and items are 0 to n_items - 1; make it with "
+            "from_sequences"
+        )
 
 
 def from_sequences(

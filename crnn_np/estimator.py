@@ -7,7 +7,7 @@ from typing import Any
 
 from . import backends, evaluation, model, planning, training
 from . import explain as explanation
-from .data import EventLog, concatenate
+from .data import EventLog, check_log, concatenate
 from .errors import ModelError, SettingsError
 from .presets import Settings, resolve
 
@@ -149,6 +149,7 @@ class CollaborativeRNN:
         return planning.estimate(*self.settings, train, validation=validation, backend=self.backend)
 
     def _begin(self, train: EventLog) -> None:
+        check_log(train)
         self.fitted = self.settings
         self._user_ids, self._item_ids = train.user_ids, train.item_ids
         self._keep(train)
@@ -171,6 +172,10 @@ class CollaborativeRNN:
         checkpoint: str | os.PathLike | None = None,
     ) -> "CollaborativeRNN":
         """Train from new parameters; returns self.
+
+        Broken off, by Ctrl-C or an error, within an epoch it leaves the parameters of that moment,
+        which no further fit goes on from to the numbers of an unbroken one; with `checkpoint` the
+        next `fit` does.
 
         Parameters
         ----------

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from .data import EventLog, concatenate
+from .data import EventLog, check_log, concatenate
 from .errors import DataError
 from .history import Past, count
 from .model import Params, Spec, gather, on_device
 from .outputs import Cells
+from .settings import whole
 from .windows import Window, replay_slices
 
 Array = np.ndarray
@@ -137,8 +138,13 @@ def evaluate(
     Raises
     ------
     DataError
-        There is no held-out event.
+        There is no held-out event, or a log's numbers do not fit each other.
+    SettingsError
+        `n` is no whole number from 1.
     """
+    n = whole("n", n, 1)
+    check_log(train)
+    check_log(heldout)
     spec = replace(spec, dropout_in=0.0, dropout_out=0.0)
     log = concatenate(train, heldout)
     known = on_device(backend, read_past(spec, log, train))

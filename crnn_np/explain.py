@@ -14,7 +14,7 @@ from .errors import ModelError, SettingsError
 from .evaluation import read_past
 from .model import MixtureParams, Spec, gather, on_device
 from .outputs import EXPERTS, STATIC, Cells, attention, mixture_distributions, recall
-from .settings import nearest
+from .settings import nearest, whole
 from .windows import replay_slices
 
 Array = np.ndarray
@@ -105,10 +105,9 @@ def explain(
     ModelError
         There is no such user, or nothing is known of them.
     SettingsError
-        `n` is less than 1.
+        `n` is no whole number from 1.
     """
-    if n < 1:
-        raise SettingsError(f"the number of items is {n}: expected 1 or more")
+    n = whole("n", n, 1)
     found = np.flatnonzero(log.user_ids == user)
     if not found.size:
         raise ModelError(f"the model knows no user {user!r}: {nearest(str(user), log.user_ids)}")

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .cells import CELLS
-from .data import EventLog, is_sound
+from .data import EventLog, check_log, is_sound
 from .errors import ModelError, SettingsError
 from .history import FEATURES
 from .outputs import MATCHES, STATIC, Mixture, lag_buckets
@@ -305,8 +305,44 @@ def scatter(
     return backend.sum_rows(window.user[users], dW_h[users]), dW_in
 
 
+def check_params(
+    spec: Spec,
+    n_users: int,
+    n_items: int,
+    params: Params | MixtureParams | None,
+    accumulators: Accumulators | MixtureAccumulators | None,
+) -> None:
+    """Raise ModelError where parameters to go on from are not what a training writes to.
+
+    Compiled code believes their shapes, types and order.
+    """
+    wanted = {name: (shape, spec.dtype) for name, shape in shapes(spec, n_users, n_items).items()}
+    state = {"stamp": ((n_items,), "int64"), "step": ((1,), "int64")}
+    for what, blocks, expected in (
+        ("params", params, wanted),
+        ("accumulators", accumulators, wanted | state),
+    ):
+        for name, (shape, dtype) in expected.items() if blocks is not None else ():
+            block = getattr(blocks, name, None)
+            found = getattr(block, "shape", None), str(getattr(block, "dtype", None))
+            if found != (shape, dtype):
+                raise ModelError(
+                    f"{name} of {what} is {found[1]} {found[0]}, expected {dtype} {shape} with "
+                    f"these settings, {n_users} users and {n_items} items"
+                )
+            if not (block.flags.c_contiguous and block.flags.writeable):
+                raise ModelError(
+                    f"{name} of {what} is a view or read-only: give a copy, which training can "
+                    "write to"
+                )
+
+
 def check_ids(user_ids: Array, item_ids: Array, log: EventLog) -> None:
-    """Raise ModelError where a log does not have a model's users and items, in the same order."""
+    """Raise ModelError where a log does not have a model's users and items, in the same order.
+
+    DataError where it is no sound log (`data.check_log`).
+    """
+    check_log(log)
     for what, ours, theirs in (
         ("users", user_ids, log.user_ids),
         ("items", item_ids, log.item_ids),

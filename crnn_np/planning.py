@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends
-from .data import EventLog, concatenate, cut_tail, from_sequences
+from .data import EventLog, check_log, concatenate, cut_tail, from_sequences
 from .errors import DeviceError, SettingsError
 from .evaluation import SCORED_AT_ONCE, evaluate, read_past
 from .model import (
@@ -365,6 +365,7 @@ def estimate(
         The run needs more memory than the machine has.
     """
     module = backends.get(backend)
+    check_log(log)
     check_products(module, spec, rule)
     _check_room(_host_table_bytes(spec, plan, log))
     part = whole = log

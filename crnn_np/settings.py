@@ -64,7 +64,8 @@ def whole(name: str, value: Any, low: int, high: int = MOST, optional: bool = Fa
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise SettingsError(f"{name} is {value!r}: a whole number was expected")
     if not low <= value <= high:
-        raise SettingsError(f"{name} is {value!r}: {low} to {high} was expected")
+        expected = f"{low} or more" if high == MOST else f"{low} to {high}"
+        raise SettingsError(f"{name} is {value!r}: {expected} was expected")
     return int(value)
 
 

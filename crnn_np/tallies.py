@@ -1,11 +1,12 @@
 """Compiled loops over whole logs that count what is known before each event (`history`)."""
 
-import numba
 import numpy as np
 
+from .compiling import compiled
 from .data import EventLog
 from .history import FEATURES, FLOOR, SMOOTHING, Counts, Past
 
+assert (FLOOR, SMOOTHING) == (0.1, 1.0)  # compiled in; the cache on disk watches this file alone
 NOVELTY_HALF_LIFE = 20.0  # events
 
 
@@ -40,7 +41,7 @@ def _earlier_pairs(log: EventLog) -> np.ndarray:
     return earlier
 
 
-@numba.njit(cache=True)
+@compiled()
 def novelty(indptr, items, n_items):
     """float64[E]: before each event, the share of new items among the user's recent ones."""
     rate = np.empty(items.size)
@@ -57,7 +58,7 @@ def novelty(indptr, items, n_items):
     return rate
 
 
-@numba.njit(cache=True)
+@compiled()
 def _features(indptr, items, pairs, unigram, own_indptr, own_items, features):
     """Fill `Past.features`, float32[E, F]; `history.FEATURES` says with what."""
     slow, fast, steady = np.exp2(-1 / NOVELTY_HALF_LIFE), 0.75, 0.9
@@ -113,13 +114,13 @@ def _features(indptr, items, pairs, unigram, own_indptr, own_items, features):
             others[x] += 1
 
 
-@numba.njit(cache=True)
+@compiled()
 def _place(begin, follower, x, y):
     """Where y stands, or would, among the followers of x in `history.Counts`."""
     return begin[x] + np.searchsorted(follower[begin[x] : begin[x + 1]], y)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _experts(indptr, items, begin, follower, count, unigram, own_indptr, own_items, experts):
     """Fill `Past.experts`, float64[E, 2]; the arguments from begin on are `history.Counts`."""
     total = np.zeros(unigram.size, np.int64)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends, model
-from .data import EventLog, checksum, concatenate, cut_tail
+from .data import EventLog, check_log, checksum, concatenate, cut_tail
 from .errors import DataError, ModelError, SettingsError, TrainingError
 from .evaluation import evaluate, read_past, target_cells
 from .history import Past
@@ -409,11 +409,12 @@ def epochs(
         early stopping; fewer epochs than the checkpoint has.
     ModelError
         The checkpoint is of another training, cannot be written, or would replace a model; the
-        validation part is of other users or items.
+        validation part is of other users or items; parameters or accumulators to go on from have
+        other shapes or types than this log and `spec` need.
     TrainingError
         The loss, or a parameter, became infinite or NaN.
     DataError
-        There is no event to predict.
+        There is no event to predict, or a log's numbers do not fit each other.
     """
     if params is not None and (plan.patience or checkpoint is not None):
         other = f"patience is {plan.patience}" if plan.patience else f"{checkpoint} is a checkpoint"
@@ -426,8 +427,10 @@ def epochs(
             f"first_epoch is {first_epoch} and patience is {plan.patience}: early stopping begins "
             "with epoch 1; set patience=0, or leave first_epoch out"
         )
+    check_log(log)
     if validation is not None:
         model.check_ids(log.user_ids, log.item_ids, validation)
+    model.check_params(spec, log.n_users, log.n_items, params, accumulators)
     module = backends.get(backend)
     made: list[Report] = []
     key = None

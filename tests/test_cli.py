@@ -441,6 +441,63 @@ def test_the_preset_that_goes_with_a_model(prepared, tmp_path, given, preset):
     assert settings.spec.output == ("mixture" if given else "softmax")
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--pointers", 2), "--pointers has no effect where output is softmax"),
+        (("--cell", "tanh", "--candidate", "sigmoid"), "--candidate has no effect where cell is"),
+        (("--validation-fraction", 0.1), "--validation-fraction has no effect where patience is 0"),
+    ],
+)
+def test_an_option_that_nothing_reads(prepared, tmp_path, given, told):
+    options = ("--preset", "paper", "--patience", 0, "--epochs", 1, *given)
+    result = run("train", prepared / "table", "--out", tmp_path / "m", *options)
+    assert result.exit_code == 2
+    assert told in result.output
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_train_learns_nothing_from_the_held_out_part(prepared, tmp_path, patience):
+    parts, stats = data.load(prepared / "table"), data.load_stats(prepared / "table")
+    heldout = parts.heldout._replace(items=(parts.heldout.items + 1) % parts.heldout.n_items)
+    data.save(parts._replace(heldout=heldout), tmp_path / "other", stats)
+    assert not np.array_equal(data.load(tmp_path / "other").heldout.items, parts.heldout.items)
+    models = []
+    for directory in prepared / "table", tmp_path / "other":
+        options = ("--backend", "numpy", "--epochs", 3, "--patience", patience)
+        result = run("train", directory, "--out", tmp_path / "m", *options)
+        assert result.exit_code == 0, result.output
+        models.append((tmp_path / "m").read_bytes())
+    assert models[0] == models[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk")
+def test_a_log_that_can_not_be_written_loses_no_model(prepared, tmp_path):
+    options = ("--backend", "numpy", "--epochs", 2, "--patience", 0, "--log", "/dev/full")
+    result = run("train", prepared / "table", "--out", tmp_path / "m", *options)
+    assert result.exit_code == 1
+    assert "/dev/full: the log can't be written (No space left on device)" in result.output
+    assert CollaborativeRNN.load(tmp_path / "m")._epoch == 1
+    options = ("-m", "crnn_np", "evaluate", str(tmp_path / "m"), str(prepared / "table"))
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, *options], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert ended.returncode == 1
+    assert "Error: a file can't be read or written: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_id_that_the_terminal_lacks(tmp_path):
+    given = ["-m", "crnn_np", "train", str(tmp_path / "数"), "--out", str(tmp_path / "m")]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    ended = subprocess.run([sys.executable, *given], env=environment, capture_output=True)
+    assert ended.returncode != 0
+    assert b"\\u6570" in ended.stderr
+    assert b"Traceback" not in ended.stderr
+
+
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
     """An empty folder, the current one and that of temporary files."""

@@ -161,19 +161,6 @@ def test_fit_begins_anew():
     assert content(model.set_params(seed=1).fit(TRAIN)) != first
 
 
-def test_fit_learns_nothing_from_the_held_out_part():
-    """Two logs that differ in their held-out events only."""
-    logs = []
-    for shift in (0, 1):
-        sequences = [s[:-3] + [(i + shift) % 9 for i in s[-3:]] for s in SEQUENCES]
-        logs.append(cut_tail(from_sequences(sequences, 9), [3] * 4))
-    (train, heldout), (other_train, other_heldout) = logs
-    for settings in ({}, {"patience": 2, "epochs": 5, "validation_range": (1, 3)}):
-        one, other = small(**settings).fit(train), small(**settings).fit(other_train)
-        assert content(one) == content(other)
-    assert one.score(train, heldout) != other.score(other_train, other_heldout)
-
-
 def test_epochs_keeps_the_model_up_to_date():
     model = small(epochs=3)
     for k, report in enumerate(model.epochs(TRAIN), 1):

@@ -7,8 +7,9 @@ import oracle
 import pytest
 
 from crnn_np import backends, evaluation
+from crnn_np.baselines import Bigram
 from crnn_np.data import cut_tail, from_sequences
-from crnn_np.errors import DataError
+from crnn_np.errors import DataError, SettingsError
 from crnn_np.model import Params, Spec
 
 LIMITS = {"float64": 1e-14, "float32": 1e-7}  # measured: 1e-15, 3e-8
@@ -263,6 +264,15 @@ def test_evaluate_without_a_held_out_event_that_has_one_before_it(heldout):
     spec, params, _, parts = make("gru", "pooled", [1, 5], heldout)
     with pytest.raises(DataError, match="no event to evaluate"):
         evaluation.evaluate(backends.get("numpy"), spec, params, *parts)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "a", None])
+def test_the_cut_off_is_a_whole_number_from_1(n):
+    spec, params, _, parts = make("gru", "pooled", [3, 5], [1, 1])
+    with pytest.raises(SettingsError, match="^n is "):
+        evaluation.evaluate(backends.get("numpy"), spec, params, *parts, n=n)
+    with pytest.raises(SettingsError, match="^n is "):
+        Bigram().fit(parts[0]).evaluate(*parts, n=n)
 
 
 def test_evaluate_refuses_parts_of_different_logs():

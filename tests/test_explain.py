@@ -227,7 +227,7 @@ def test_errors(model, model_file, tmp_path):
         with pytest.raises(ModelError, match=advice):
             model.explain(user)
     assert "no user 'anne': did you mean 'ann'?" in fails(model_file, "--user", "anne")
-    with pytest.raises(SettingsError, match="is 0: expected 1"):
+    with pytest.raises(SettingsError, match="n is 0: 1 or more was expected"):
         model.explain("ann", 0)
     assert "no such model file" in fails(tmp_path / "nothing", "--user", "ann")
     assert run(model_file).exit_code == 2

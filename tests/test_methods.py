@@ -141,12 +141,12 @@ def test_a_held_out_or_validation_part_of_other_items_is_refused(name):
 @pytest.mark.parametrize(
     ("name", "settings", "advice"),
     [
-        ("mf", {"seed": -1}, "seed is -1: 0 to"),
+        ("mf", {"seed": -1}, "seed is -1: 0 or more"),
         ("mf", {"rank": 2.5}, "rank is 2.5: a whole number"),
         ("mf", {"passes": None}, "passes is None: a whole number"),
         ("mf", {"penalty": "x"}, "penalty is 'x': a positive number or None"),
         ("hmm", {"seed": 1 << 32}, f"seed is {1 << 32}: 0 to {(1 << 32) - 1}"),
-        ("hmm", {"n_states": 0}, "n_states is 0: 1 to"),
+        ("hmm", {"n_states": 0}, "n_states is 0: 1 or more"),
         ("bigram", {"epsilon": float("nan")}, "epsilon is nan: a positive number"),
     ],
 )

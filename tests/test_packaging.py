@@ -32,7 +32,7 @@ LAYERS = [
     ["windows"],
     ["datasets", "reading"],
     ["data"],
-    ["settings"],
+    ["settings", "compiling"],
     ["errors"],
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

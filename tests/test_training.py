@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crnn_np import backends, model, training
-from crnn_np.data import concatenate, cut_tail, from_sequences
+from crnn_np.data import Split, concatenate, cut_tail, from_sequences
 from crnn_np.errors import DataError, ModelError, SettingsError, TrainingError
 from crnn_np.evaluation import evaluate, read_past
 from crnn_np.model import Spec
@@ -306,6 +306,51 @@ def test_going_on_gives_the_same_bytes_as_training_straight_through(backend, W_i
     assert [(r.epoch, r.epochs) for r in more] == [(3, 5), (4, 5), (5, 5)]
     assert more[-1].params is params
     assert digest(more[-1]) == digest(straight)
+
+
+@pytest.mark.parametrize("backend", backends.MODULES)
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (
+            model.initialise(SPEC, 6, 11, 0),
+            r"W_in of params is float32 \(11, 9\), expected float32",
+        ),
+        (model.initialise(Spec(hidden_size=2), 6, 12, 0), r"expected float32 \(6, 3, 9\) with"),
+        (model.initialise(Spec(hidden_size=3, dtype="float64"), 6, 12, 0), "W_h .* is float64"),
+        (model.initialise(SPEC, 6, 12, 0)._replace(W_out=np.zeros((3, 12), "f4").T), "is a view"),
+        (model.initialise(SPEC, 6, 12, 0)._replace(W_out=[[0.0]]), "W_out of params is None None"),
+    ],
+)
+def test_parameters_of_another_training(backend, wrong, told):
+    with pytest.raises(ModelError, match=told):
+        train(backend=backend, params=wrong)
+
+
+def test_accumulators_of_another_training():
+    params = model.initialise(SPEC, 6, 12, 0)
+    short = model.new_accumulators(params)._replace(stamp=np.zeros(11, np.int64))
+    with pytest.raises(ModelError, match=r"stamp of accumulators is int64 \(11,\), expected"):
+        train(params=params, accumulators=short)
+
+
+@pytest.mark.parametrize("backend", backends.MODULES)
+def test_a_log_whose_numbers_do_not_fit(backend):
+    for bad in (
+        LOG._replace(item_ids=LOG.item_ids[:5]),
+        LOG._replace(items=np.where(LOG.items == LOG.items[3], -1, LOG.items).astype(np.int32)),
+        LOG._replace(indptr=LOG.indptr[::-1].copy()),
+    ):
+        with pytest.raises(DataError, match="the log's numbers do not fit each other"):
+            train(backend=backend, log=bad)
+        with pytest.raises(DataError, match="the log's numbers do not fit each other"):
+            train(backend=backend, validation=bad)
+
+
+def test_what_is_no_log():
+    for given in (None, [[0, 1, 2]], Split(LOG, LOG)):
+        with pytest.raises(DataError, match=f"a {type(given).__name__} came, an EventLog was"):
+            train(log=given)
 
 
 def test_going_on_without_accumulators_starts_new_ones():

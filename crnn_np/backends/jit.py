@@ -53,12 +53,13 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba._dispatcher import compute_fingerprint
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
+from ..compiling import compiled
 from ..data import EventLog
 from ..errors import SettingsError
 from ..history import FLOOR, SMOOTHING, Past
@@ -100,13 +101,24 @@ YES, NO = np.bool_(True), np.bool_(False)
 
 FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}
 FAITHFUL = {"contract"}  # reassociation would undo the argument reduction of exp
-OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+OPTIONS = {"nogil": True, "error_model": "numpy"}
 # Functions for compiled callers alone need neither wrappers nor the counting of references, which
 # take half the time to compile. They allocate nothing.
 INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
-entry = njit(fastmath=FAST, **OPTIONS)
-serial = njit(fastmath=FAST, **OPTIONS, **INNER)
-exact = njit(fastmath=FAITHFUL, **OPTIONS)
+# Compiled in from other files, which the cache on disk does not watch: this one has to change with
+# them.
+assert (FLOOR, SMOOTHING, STATIC, TIE) == (0.1, 1.0, 3, 1e-6)
+assert (GOLDEN, INPUT, OUTPUT) == (0x9E3779B97F4A7C15, 1, 2)
+assert tuple(" ".join(kind._fields) for kind in (Params, Slice, Past, Mixture)) == (
+    "W_h W_in W_out",
+    "user start length fresh target_from key",
+    "indptr items features experts counts",
+    "tau nu gate_in gate_out gate_user",
+)
+
+entry = compiled(fastmath=FAST, **OPTIONS)
+serial = compiled(fastmath=FAST, **OPTIONS, **INNER)
+exact = compiled(fastmath=FAITHFUL, **OPTIONS)
 
 
 # ---------------------------------------------------------------- scalar functions
@@ -2630,7 +2642,8 @@ def _mixture_score(
             others = everything - own.size + FLOOR * unigram.size
             offset[j] = math.log(g[0]) - norm
             flat[j] = (g[2] + g[1] * SMOOTHING / context) / others
-            cut[j] = total * (1 - TIE)
+            # as for the items below, so that equal rows of W_out tie
+            cut[j] = (mix.total[j] + np.float64(_exp(target[j] + offset[j]))) * (1 - TIE)
         _meet(n, gate)
         m = (hi - lo + lanes - 1) // lanes * lanes
         _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead[p])

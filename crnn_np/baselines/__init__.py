@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from .. import model
-from ..data import EventLog, concatenate, cut_tail
+from ..data import EventLog, check_log, concatenate, cut_tail
 from ..errors import DataError, ModelError, SettingsError
 from ..evaluation import summarise
-from ..settings import nearest
+from ..settings import nearest, whole
 from ..training import validation_lengths
 from ..windows import Plan
 
@@ -164,6 +164,7 @@ class Baseline(ABC):
         ModelError
             The validation part is of other users or items.
         """
+        check_log(train)
         if train.n_events == 0:
             raise DataError("the training part has no event: at least 1 was expected")
         if validation is not None:
@@ -197,8 +198,11 @@ class Baseline(ABC):
         ------
         ModelError
             The model is not fitted, or was fitted on other users or items.
+        SettingsError
+            `n` is no whole number from 1.
         """
         self._check_fitted()
+        n = whole("n", n, 1)
         for log in (train, heldout):
             model.check_ids(self._user_ids, self._item_ids, log)
         events = targets(train, heldout)

@@ -15,6 +15,7 @@ import numpy as np
 from hmmlearn.hmm import CategoricalHMM
 from scipy.special import xlogy
 
+from ..compiling import compiled
 from ..data import EventLog
 from ..evaluation import summarise
 from ..settings import positive, whole
@@ -272,7 +273,7 @@ def groups(lengths: Array) -> list[Array]:
     return [order[k : k + GROUP] for k in range(0, order.size, GROUP)]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+@compiled(nogil=True, fastmath={"reassoc", "contract"})
 def _observe(items: Array, begin: Array, t: int, emit: Array, rows: Array, scale: Array) -> float:
     """Weigh float64[n, S] states by what the sequences emit at step t; returns the log of it.
 
@@ -291,7 +292,7 @@ def _observe(items: Array, begin: Array, t: int, emit: Array, rows: Array, scale
     return log_likelihood
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+@compiled(nogil=True, fastmath={"reassoc", "contract"})
 def _expect(
     items: Array,
     begin: Array,
@@ -374,7 +375,7 @@ def _predicted(first: Array, move: Array, emit: Array, events: Targets) -> Array
     return state
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _filter(
     items: Array,
     begin: Array,
@@ -405,7 +406,7 @@ def _nll(state: Array, emit: Array, events: Targets) -> Array:
     return -np.log(np.einsum("ns,ns->n", state, emit[events.log.items[events.at]]))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _ranks(rows: Array, state: Array, by_state: Array, items: Array, rank: Array) -> None:
     """Ranks of some targets; every score is summed in the same order, so ties are exact."""
     S, I = by_state.shape

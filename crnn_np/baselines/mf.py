@@ -7,9 +7,9 @@ other side, solved exactly, so that its value never rises from one half-pass to 
 import logging
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from ..compiling import compiled
 from ..data import EventLog
 from ..evaluation import summarise
 from ..settings import positive, whole
@@ -150,7 +150,7 @@ def log_counts(log: EventLog) -> tuple[Rows, Rows]:
     )
 
 
-@numba.njit(cache=True)
+@compiled()
 def solve_rows(
     indptr: Array, index: Array, value: Array, fixed: Array, penalty: float, out: Array
 ) -> None:
@@ -184,7 +184,7 @@ def _scores(learned: MatrixFactorization.Learned, events: Targets) -> tuple[Arra
     return nll, rank
 
 
-@numba.njit(cache=True)
+@compiled()
 def _logits(by_factor: Array, user: Array) -> Array:
     """float64[I] from float64[D, I] and float64[D], each summed in the same order: exact ties."""
     z = np.zeros(by_factor.shape[1])

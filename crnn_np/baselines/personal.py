@@ -26,9 +26,9 @@ the users and judged on the other.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from ..compiling import compiled
 from ..data import EventLog
 from ..history import Counts, count
 from ..tallies import novelty
@@ -190,7 +190,7 @@ def _sums(group: Array, values: Array, n_groups: int) -> Array:
 DECAY, MATCH_DECAY = np.exp2(-1 / HALF_LIVES), np.exp2(-1 / MATCH_HALF_LIVES)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _own_weights(h, t, weight):
     """Weight of each event before position t of the sequence h in the own distributions.
 
@@ -213,7 +213,7 @@ def _own_weights(h, t, weight):
     return seen
 
 
-@numba.njit(cache=True)
+@compiled()
 def _masses(
     user,
     at,
@@ -261,7 +261,7 @@ def _masses(
         mass[n, UNIFORM], total[n, UNIFORM] = 1, unigram.size
 
 
-@numba.njit(cache=True)
+@compiled()
 def _mix(mass, total, weights, user):
     """p(y) float64[N], and w_k / total_k float64[N, K]; 0 where there is no context.
 
@@ -287,7 +287,7 @@ def _mix(mass, total, weights, user):
     return p, factors
 
 
-@numba.njit(cache=True)
+@compiled()
 def _ranks(
     user, at, target, indptr, items, begin, follower, count, unigram, own_indptr, own_items, factors
 ):
