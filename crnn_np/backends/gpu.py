@@ -1089,6 +1089,14 @@ def _train(
 # ---------------------------------------------------------------- memory, counted
 
 
+def _device_there(dtype: str) -> Device | None:
+    """`device`, None where this machine has none."""
+    try:
+        return device(dtype)
+    except DeviceError:
+        return None
+
+
 def training_bytes(
     spec: Spec, rule: Rule, log: EventLog, batch: int, window: int, run: Slice
 ) -> tuple[int, int]:
@@ -1097,10 +1105,7 @@ def training_bytes(
     Without parameters, accumulators and the past of a mixture.
     """
     D, real = spec.hidden_size, np.dtype(spec.dtype).itemsize
-    try:
-        dev = device(spec.dtype)
-    except DeviceError:
-        dev = None
+    dev = _device_there(spec.dtype)
     own, mixing = map(_bytes, _work_shapes(dev, spec, log.n_items, batch, window))
     held = sum((*own.values(), *mixing.values(), log.indptr.nbytes, log.items.nbytes))
     if not rule.clip:
@@ -1121,8 +1126,9 @@ def scoring_bytes(spec: Spec, n_items: int, run: Slice, lengths: np.ndarray, at_
     scored.
     """
     B, D, dtype = run.length.shape[1], spec.hidden_size, np.dtype(spec.dtype)
-    real, width = dtype.itemsize, spec.gates * D
-    matrices = 0 if spec.sharing == "pooled" else B * D * width * real
+    real, width, pooled = dtype.itemsize, spec.gates * D, spec.sharing == "pooled"
+    matrices = 0 if pooled else B * D * width * real
+    dev = _device_there(spec.dtype)
     cell = D * real + 16  # its state, user, place and next item
     targets = _targets(run, lengths)
     most = cells = gathered = states = 0
@@ -1131,7 +1137,9 @@ def scoring_bytes(spec: Spec, n_items: int, run: Slice, lengths: np.ndarray, at_
         before, places = (gathered, states), int(steps) * B
         gathered = places * (width * real + 16 + 3 * real) + matrices
         states = ((places + B) * D + (places * 3 * D if spec.gates == 3 else 0)) * real
-        most = max(most, cells * cell + before[1] + gathered + max(before[0], states))
+        shape = Shape(spec.cell_kind, int(steps), B, D)
+        exchange = sum(_bytes(_exchange_shapes(dev, shape, pooled, dtype)).values())
+        most = max(most, cells * cell + before[1] + gathered + max(before[0], states + exchange))
         cells += int(targets[k])
         if cells >= at_once or k == len(targets) - 1:
             scoring = 2 * cells * cell + _score_bytes(spec, cells, n_items)
