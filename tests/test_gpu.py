@@ -1,6 +1,7 @@
 """The CUDA backend against the reference, on the emulated device and, where there is one, a GPU."""
 
 import ctypes
+import functools
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -590,6 +591,28 @@ def test_no_room_for_the_parameters(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("output", ["softmax", "mixture"])
+def test_no_room_for_what_a_window_makes_anew(monkeypatch, output):
+    """With clipping and in a validation, whichever kernel's function it is."""
+    emulate(monkeypatch)
+    spec = Spec(hidden_size=4, output=output, memory=5)
+    plan = Plan(batch=2, window=8, epochs=1, patience=1, validation_range=(2, 4))
+    run, failing = emulator.EmulatedDevice.launch, []
+
+    def launches(dev, name, *arguments, **more):
+        if name in failing:
+            full()
+        run(dev, name, *arguments, **more)
+
+    monkeypatch.setattr(emulator.EmulatedDevice, "launch", launches)
+    epoch = (spec, Rule(clip=1.0), plan, LOG)
+    next(training.epochs(*epoch, backend="cupy"))
+    for name in list(gpu.device("float32").launches):
+        failing[:] = [name]
+        with pytest.raises(DeviceError, match=r"the device is out of memory \(allocated so far"):
+            next(training.epochs(*epoch, backend="cupy"))
+
+
 def test_a_matrix_that_does_not_fit_is_streamed_and_a_state_that_does_not_is_an_error(monkeypatch):
     spec, plan = Spec(hidden_size=33, dtype="float64"), Plan(batch=2, window=4)
     start = model.initialise(spec, LOG.n_users, LOG.n_items, 3)
@@ -699,6 +722,13 @@ def made_up_cupy(monkeypatch, capability="90", devices=1):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     return launched
+
+
+def test_one_device_for_each_type(monkeypatch):
+    made_up_cupy(monkeypatch)
+    monkeypatch.setattr(gpu, "_device", functools.cache(gpu._device.__wrapped__))
+    assert gpu.device() is gpu.device("float32") is gpu.device(dtype="float32")
+    assert gpu.device("float64") is not gpu.device()
 
 
 def test_without_cupy(monkeypatch):

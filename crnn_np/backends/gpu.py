@@ -221,9 +221,13 @@ def leading(matrix: Array) -> tuple[int, int]:
 
 
 @cache
-def device(dtype: str = "float32") -> Device:
-    """The GPU with the kernels in ``float32`` or ``float64``."""
+def _device(dtype: str) -> Device:
     return Device(dtype)
+
+
+def device(dtype: str = "float32") -> Device:
+    """The GPU with the kernels in ``float32`` or ``float64``, always the same object."""
+    return _device(dtype)
 
 
 def _of(array: Array) -> Device:
@@ -232,16 +236,19 @@ def _of(array: Array) -> Device:
 
 @contextmanager
 def _room(needed: dict[str, int]) -> Iterator[None]:
-    """DeviceError where the device has no memory for arrays of these bytes."""
+    """DeviceError where the device has no memory for arrays of these bytes, where they are known.
+
+    A decorator as well.
+    """
     try:
         yield
     except MemoryError as error:
         largest = sorted(needed, key=needed.get, reverse=True)
         listed = ", ".join(f"{name} {needed[name] / 1e9:.2f} GB" for name in largest[:8])
+        known = f": {sum(needed.values()) / 1e9:.2f} GB are needed for {listed}" if needed else ""
         raise DeviceError(
-            f"the device is out of memory: {sum(needed.values()) / 1e9:.2f} GB are needed for "
-            f"{listed} ({error}); parameters and accumulators are smaller with a lower "
-            "hidden_size, work arrays also with a lower batch or window"
+            f"the device is out of memory{known} ({error}); parameters and accumulators are "
+            "smaller with a lower hidden_size, work arrays also with a lower batch or window"
         ) from error
 
 
@@ -295,6 +302,7 @@ def window(log: EventLog, piece: Slice, dtype: np.dtype) -> Window:
     return Window(*map(to_device, map(np.ascontiguousarray, read_window(log, piece, dtype))))
 
 
+@_room({})
 def take_rows(table: Array, index: Array) -> Array:
     """Rows of a table: [R, ...] and int[M] -> [M, ...]."""
     dev = _of(table)
@@ -308,6 +316,7 @@ def take_rows(table: Array, index: Array) -> Array:
     return out
 
 
+@_room({})
 def sum_rows(index: Array, values: Array) -> RowGrad:
     """Sum the values that belong to one row, by sort and segmented sum.
 
@@ -341,6 +350,7 @@ def sum_rows(index: Array, values: Array) -> RowGrad:
     return RowGrad(rows, sums, count)
 
 
+@_room({})
 def update(
     rule: Rule,
     param: Array,
@@ -577,6 +587,7 @@ def _rows_of(dev: Device, W_h: Array, B: int) -> Array:
     return dev.xp.arange(B, dtype=np.int32) if len(W_h) > 1 else dev.xp.zeros(B, np.int32)
 
 
+@_room({})
 def cell_forward(
     cell: str, s0: Array, init: float, A: Array, W_h: Array, event: Array, carry: Array
 ) -> tuple[Array, Array]:
@@ -597,6 +608,7 @@ def cell_forward(
     return states, cache
 
 
+@_room({})
 def cell_backward(
     cell: str,
     dH: Array,
@@ -723,6 +735,7 @@ def _softmax(
             dev.product(e, g, dw, float(lo > 0), tf32)
 
 
+@_room({})
 def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, Array]:
     """Loss of N cells in nats, dH [N, D] and dW_out [I, D] (`outputs`)."""
     dev = _of(H)
@@ -762,6 +775,7 @@ def _score(dev: Device, H: Array, W_out: Array, y: Array) -> tuple[Array, Array,
     return nll, rank, target
 
 
+@_room({})
 def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     """Negative log-likelihood float64[N] and rank int32[N] of each target (`outputs`)."""
     dev = _of(H)
@@ -783,6 +797,7 @@ def _ranked_at_once(N: int, n_items: int) -> int:
     return max(min(N, EXTRA_BYTES // (8 * n_items)), 1)
 
 
+@_room({})
 def mixture(
     H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
 ) -> tuple[float, Array, Array, Mixture]:
@@ -801,6 +816,7 @@ def mixture(
     return float(to_host(loss).sum()), dH, dW_out, mixing.gradients
 
 
+@_room({})
 def mixture_score(
     H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
 ) -> tuple[Array, Array]:
@@ -869,6 +885,7 @@ def _work_shapes(
     return own | _output_shapes(N, n_items, D, dtype), mixing
 
 
+@_room({})
 def workspace(spec: Spec, n_items: int, batch: int, window: int) -> Work:
     """Work arrays of `train_run` for windows of at most `window` steps of `batch` columns."""
     dev = device(spec.dtype)
