@@ -724,6 +724,39 @@ def made_up_cupy(monkeypatch, capability="90", devices=1):
     return launched
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUBLAS_STATUS_ALLOC_FAILED", DeviceError),
+        ("CUDA_ERROR_OUT_OF_MEMORY: out of memory", DeviceError),
+        ("cudaErrorMemoryAllocation: out of memory", DeviceError),
+        ("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure", RuntimeFailure),
+    ],
+)
+def test_cuda_libraries_without_memory(monkeypatch, text, expected):
+    def failing(*args, **more):
+        raise RuntimeFailure(text)
+
+    emulate(monkeypatch)
+    H, W_out, y = there(np.ones((2, 3)), np.ones((4, 3)), np.zeros(2, np.int32))
+    monkeypatch.setattr(emulator.EmulatedDevice, "product", failing)
+    with pytest.raises(expected, match=text):
+        gpu.output("softmax", H, W_out, y)
+    spec, plan = Spec(hidden_size=3), Plan(batch=2, window=8, epochs=1)
+    with pytest.raises(expected, match=text):
+        next(training.epochs(spec, Rule(), plan, LOG, backend="cupy"))
+
+
+def test_without_room_for_cublas(monkeypatch):
+    def failing():
+        raise RuntimeFailure("CUBLAS_STATUS_NOT_INITIALIZED")
+
+    made_up_cupy(monkeypatch)
+    monkeypatch.setattr(sys.modules["cupy.cuda"], "get_cublas_handle", failing)
+    with pytest.raises(DeviceError, match="cuBLAS.*NOT_INITIALIZED.*nvidia-smi"):
+        gpu.Device("float32")
+
+
 def test_one_device_for_each_type(monkeypatch):
     made_up_cupy(monkeypatch)
     monkeypatch.setattr(gpu, "_device", functools.cache(gpu._device.__wrapped__))

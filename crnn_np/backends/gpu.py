@@ -82,6 +82,7 @@ KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s
 GRID_BARRIER = "grid_wait("  # in the kernel files whose launches are cooperative
 OLDEST = 75  # compute capability, Turing
 AMPERE = 80  # the first that multiplies TF32
+NO_MEMORY = ("OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED")  # in errors of the CUDA libraries
 
 Arguments = tuple[Any, ...]
 
@@ -130,6 +131,13 @@ class Device:
                 f"the device's compute capability is {capability / 10}, expected {OLDEST / 10} "
                 "(Turing) or later: use backend 'numba'"
             )
+        try:
+            get_cublas_handle()  # while there is memory for what cuBLAS holds for itself
+        except RuntimeError as error:
+            raise DeviceError(
+                f"backend 'cupy' could not start cuBLAS ({error}): see in nvidia-smi whether "
+                "another process has the device's memory; or use backend 'numba'"
+            ) from error
         self.xp = cupy
         self.dtype = np.dtype(dtype)
         self.shared_limit = attributes["MaxSharedMemoryPerBlockOptin"]
@@ -242,7 +250,9 @@ def _room(needed: dict[str, int]) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in NO_MEMORY):
+            raise
         largest = sorted(needed, key=needed.get, reverse=True)
         listed = ", ".join(f"{name} {needed[name] / 1e9:.2f} GB" for name in largest[:8])
         known = f": {sum(needed.values()) / 1e9:.2f} GB are needed for {listed}" if needed else ""
