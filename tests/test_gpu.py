@@ -822,3 +822,14 @@ def test_launches_and_sources(monkeypatch):
         dev.launch("gru_forward", 5, 128, (), 100_000)
     assert launched[:2] == [("gather", (3, 2), (64,), ("a",), 0), launched[1]]
     assert launched[1][:3] == ("gru_forward", (5,), (128,))
+
+
+def test_kernels_of_a_checkout_and_of_an_installed_package(monkeypatch, tmp_path):
+    made_up_cupy(monkeypatch)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "crnn_np" / "backends" / "gpu.py"))
+    monkeypatch.setattr(gpu.resources, "files", lambda name: tmp_path / name)
+    for folder, kernel in ((tmp_path / "crnn_np.kernels", "one"), (tmp_path / "kernels", "other")):
+        folder.mkdir()
+        (folder / "common.cuh").touch()
+        (folder / "file.cu").write_text(f'extern "C" __global__ void {kernel}()')
+        assert set(gpu.Device("float32")._modules) == {kernel}

@@ -26,7 +26,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib import resources
+from importlib.resources.abc import Traversable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,7 +152,7 @@ class Device:
     @cached_property
     def _modules(self) -> dict[str, Any]:
         """The compiled file of each kernel."""
-        folder = resources.files("crnn_np.kernels")
+        folder = _kernel_folder()
         # In the source itself: CuPy's cache on disk does not look into included files.
         common = folder.joinpath("common.cuh").read_text(encoding="utf-8")
         options = ("-std=c++17", f"-DREAL={'float' if self.dtype == np.float32 else 'double'}")
@@ -213,6 +215,13 @@ class Device:
         count = (len(out),) if batched else ()
         factors = *matrix(b, b_ld), *matrix(a, a_ld)
         getattr(cublas, name)(*sizes, *factors, beta_.ctypes.data, *matrix(out, ld), *count, *mode)
+
+
+def _kernel_folder() -> Traversable:
+    """The kernels of this checkout, or those of the installed package."""
+    # In a checkout the package may be another's, or not found.
+    folder = Path(__file__).parents[2] / "kernels"
+    return folder if (folder / "common.cuh").is_file() else resources.files("crnn_np.kernels")
 
 
 def leading(matrix: Array) -> tuple[int, int]:
