@@ -56,7 +56,8 @@ class Spec:
         Probability of dropping an element of W_in[x], and of h before the output layer (Zaremba
         et al., 2014); never on the recurrent path.
     dtype : {"float32", "float64"}
-        Of all parameters and work arrays but a mixture's own, which are float64.
+        Of all parameters and work arrays but a mixture's own, which are float64, on a GPU some
+        of them.
     products : {"full", "bfloat16", "tf32"}
         Factors of the output layer's matrix products in training, with sums in float32: as they
         are; rounded to 8 bits, for processors that multiply bfloat16 (AMX, AMD's AVX512_BF16;

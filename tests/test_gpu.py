@@ -1,6 +1,7 @@
 """The CUDA backend against the reference, on the emulated device and, where there is one, a GPU."""
 
 import ctypes
+import functools
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -590,6 +591,28 @@ def test_no_room_for_the_parameters(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("output", ["softmax", "mixture"])
+def test_no_room_for_what_a_window_makes_anew(monkeypatch, output):
+    """With clipping and in a validation, whichever kernel's function it is."""
+    emulate(monkeypatch)
+    spec = Spec(hidden_size=4, output=output, memory=5)
+    plan = Plan(batch=2, window=8, epochs=1, patience=1, validation_range=(2, 4))
+    run, failing = emulator.EmulatedDevice.launch, []
+
+    def launches(dev, name, *arguments, **more):
+        if name in failing:
+            full()
+        run(dev, name, *arguments, **more)
+
+    monkeypatch.setattr(emulator.EmulatedDevice, "launch", launches)
+    epoch = (spec, Rule(clip=1.0), plan, LOG)
+    next(training.epochs(*epoch, backend="cupy"))
+    for name in list(gpu.device("float32").launches):
+        failing[:] = [name]
+        with pytest.raises(DeviceError, match=r"the device is out of memory \(allocated so far"):
+            next(training.epochs(*epoch, backend="cupy"))
+
+
 def test_a_matrix_that_does_not_fit_is_streamed_and_a_state_that_does_not_is_an_error(monkeypatch):
     spec, plan = Spec(hidden_size=33, dtype="float64"), Plan(batch=2, window=4)
     start = model.initialise(spec, LOG.n_users, LOG.n_items, 3)
@@ -701,6 +724,46 @@ def made_up_cupy(monkeypatch, capability="90", devices=1):
     return launched
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUBLAS_STATUS_ALLOC_FAILED", DeviceError),
+        ("CUDA_ERROR_OUT_OF_MEMORY: out of memory", DeviceError),
+        ("cudaErrorMemoryAllocation: out of memory", DeviceError),
+        ("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure", RuntimeFailure),
+    ],
+)
+def test_cuda_libraries_without_memory(monkeypatch, text, expected):
+    def failing(*args, **more):
+        raise RuntimeFailure(text)
+
+    emulate(monkeypatch)
+    H, W_out, y = there(np.ones((2, 3)), np.ones((4, 3)), np.zeros(2, np.int32))
+    monkeypatch.setattr(emulator.EmulatedDevice, "product", failing)
+    with pytest.raises(expected, match=text):
+        gpu.output("softmax", H, W_out, y)
+    spec, plan = Spec(hidden_size=3), Plan(batch=2, window=8, epochs=1)
+    with pytest.raises(expected, match=text):
+        next(training.epochs(spec, Rule(), plan, LOG, backend="cupy"))
+
+
+def test_without_room_for_cublas(monkeypatch):
+    def failing():
+        raise RuntimeFailure("CUBLAS_STATUS_NOT_INITIALIZED")
+
+    made_up_cupy(monkeypatch)
+    monkeypatch.setattr(sys.modules["cupy.cuda"], "get_cublas_handle", failing)
+    with pytest.raises(DeviceError, match="cuBLAS.*NOT_INITIALIZED.*nvidia-smi"):
+        gpu.Device("float32")
+
+
+def test_one_device_for_each_type(monkeypatch):
+    made_up_cupy(monkeypatch)
+    monkeypatch.setattr(gpu, "_device", functools.cache(gpu._device.__wrapped__))
+    assert gpu.device() is gpu.device("float32") is gpu.device(dtype="float32")
+    assert gpu.device("float64") is not gpu.device()
+
+
 def test_without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(DeviceError, match=r'pip install "crnn_np\[gpu\]"'):
@@ -759,3 +822,14 @@ def test_launches_and_sources(monkeypatch):
         dev.launch("gru_forward", 5, 128, (), 100_000)
     assert launched[:2] == [("gather", (3, 2), (64,), ("a",), 0), launched[1]]
     assert launched[1][:3] == ("gru_forward", (5,), (128,))
+
+
+def test_kernels_of_a_checkout_and_of_an_installed_package(monkeypatch, tmp_path):
+    made_up_cupy(monkeypatch)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "crnn_np" / "backends" / "gpu.py"))
+    monkeypatch.setattr(gpu.resources, "files", lambda name: tmp_path / name)
+    for folder, kernel in ((tmp_path / "crnn_np.kernels", "one"), (tmp_path / "kernels", "other")):
+        folder.mkdir()
+        (folder / "common.cuh").touch()
+        (folder / "file.cu").write_text(f'extern "C" __global__ void {kernel}()')
+        assert set(gpu.Device("float32")._modules) == {kernel}

@@ -208,13 +208,20 @@ def test_device_memory_does_not_grow_with_an_epoch(monkeypatch):
 
 def test_device_memory_while_a_validation_is_scored(monkeypatch):
     """Which takes the most where windows are small and the validation part is long."""
-    emulate(monkeypatch)
     for module in (planning, evaluation):
         monkeypatch.setattr(module, "SCORED_AT_ONCE", 256)
     log = random_sequences(np.random.default_rng(2), [40] * 70, 20)
     plan = replace(PLAN, batch=8, window=2, patience=1, validation_range=(30, 30), refit=False)
-    for spec in ({}, {"cell": "tanh", "sharing": "pooled"}, MIXTURE):
-        settings = Spec(hidden_size=16, **spec), RULE, plan, log
+    pooled = {"sharing": "pooled"}
+    for spec, D, shared in (
+        ({}, 16, 1 << 17),
+        ({"cell": "tanh", **pooled}, 16, 1 << 17),
+        ({"cell": "tanh", **pooled}, 45, 8000),  # less than the matrix takes
+        (pooled, 30, 8000),
+        (MIXTURE, 16, 1 << 17),
+    ):
+        emulate(monkeypatch, shared_limit=shared)
+        settings = Spec(hidden_size=D, **spec), RULE, plan, log
         before = planning.device_memory(*settings, backend="cupy")
         with monkeypatch.context() as m:
             assert before == pytest.approx(most_on_the_device(m, *settings), rel=0.06)

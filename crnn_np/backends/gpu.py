@@ -26,7 +26,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib import resources
+from importlib.resources.abc import Traversable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +84,7 @@ KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\d+\)\s
 GRID_BARRIER = "grid_wait("  # in the kernel files whose launches are cooperative
 OLDEST = 75  # compute capability, Turing
 AMPERE = 80  # the first that multiplies TF32
+NO_MEMORY = ("OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED")  # in errors of the CUDA libraries
 
 Arguments = tuple[Any, ...]
 
@@ -130,6 +133,13 @@ class Device:
                 f"the device's compute capability is {capability / 10}, expected {OLDEST / 10} "
                 "(Turing) or later: use backend 'numba'"
             )
+        try:
+            get_cublas_handle()  # while there is memory for what cuBLAS holds for itself
+        except RuntimeError as error:
+            raise DeviceError(
+                f"backend 'cupy' could not start cuBLAS ({error}): see in nvidia-smi whether "
+                "another process has the device's memory; or use backend 'numba'"
+            ) from error
         self.xp = cupy
         self.dtype = np.dtype(dtype)
         self.shared_limit = attributes["MaxSharedMemoryPerBlockOptin"]
@@ -142,7 +152,7 @@ class Device:
     @cached_property
     def _modules(self) -> dict[str, Any]:
         """The compiled file of each kernel."""
-        folder = resources.files("crnn_np.kernels")
+        folder = _kernel_folder()
         # In the source itself: CuPy's cache on disk does not look into included files.
         common = folder.joinpath("common.cuh").read_text(encoding="utf-8")
         options = ("-std=c++17", f"-DREAL={'float' if self.dtype == np.float32 else 'double'}")
@@ -207,6 +217,13 @@ class Device:
         getattr(cublas, name)(*sizes, *factors, beta_.ctypes.data, *matrix(out, ld), *count, *mode)
 
 
+def _kernel_folder() -> Traversable:
+    """The kernels of this checkout, or those of the installed package."""
+    # In a checkout the package may be another's, or not found.
+    folder = Path(__file__).parents[2] / "kernels"
+    return folder if (folder / "common.cuh").is_file() else resources.files("crnn_np.kernels")
+
+
 def leading(matrix: Array) -> tuple[int, int]:
     """Whether the columns of a matrix are contiguous, not its rows, and the stride of the others.
 
@@ -221,9 +238,13 @@ def leading(matrix: Array) -> tuple[int, int]:
 
 
 @cache
-def device(dtype: str = "float32") -> Device:
-    """The GPU with the kernels in ``float32`` or ``float64``."""
+def _device(dtype: str) -> Device:
     return Device(dtype)
+
+
+def device(dtype: str = "float32") -> Device:
+    """The GPU with the kernels in ``float32`` or ``float64``, always the same object."""
+    return _device(dtype)
 
 
 def _of(array: Array) -> Device:
@@ -232,16 +253,21 @@ def _of(array: Array) -> Device:
 
 @contextmanager
 def _room(needed: dict[str, int]) -> Iterator[None]:
-    """DeviceError where the device has no memory for arrays of these bytes."""
+    """DeviceError where the device has no memory for arrays of these bytes, where they are known.
+
+    A decorator as well.
+    """
     try:
         yield
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in NO_MEMORY):
+            raise
         largest = sorted(needed, key=needed.get, reverse=True)
         listed = ", ".join(f"{name} {needed[name] / 1e9:.2f} GB" for name in largest[:8])
+        known = f": {sum(needed.values()) / 1e9:.2f} GB are needed for {listed}" if needed else ""
         raise DeviceError(
-            f"the device is out of memory: {sum(needed.values()) / 1e9:.2f} GB are needed for "
-            f"{listed} ({error}); parameters and accumulators are smaller with a lower "
-            "hidden_size, work arrays also with a lower batch or window"
+            f"the device is out of memory{known} ({error}); parameters and accumulators are "
+            "smaller with a lower hidden_size, work arrays also with a lower batch or window"
         ) from error
 
 
@@ -295,6 +321,7 @@ def window(log: EventLog, piece: Slice, dtype: np.dtype) -> Window:
     return Window(*map(to_device, map(np.ascontiguousarray, read_window(log, piece, dtype))))
 
 
+@_room({})
 def take_rows(table: Array, index: Array) -> Array:
     """Rows of a table: [R, ...] and int[M] -> [M, ...]."""
     dev = _of(table)
@@ -308,6 +335,7 @@ def take_rows(table: Array, index: Array) -> Array:
     return out
 
 
+@_room({})
 def sum_rows(index: Array, values: Array) -> RowGrad:
     """Sum the values that belong to one row, by sort and segmented sum.
 
@@ -341,6 +369,7 @@ def sum_rows(index: Array, values: Array) -> RowGrad:
     return RowGrad(rows, sums, count)
 
 
+@_room({})
 def update(
     rule: Rule,
     param: Array,
@@ -577,6 +606,7 @@ def _rows_of(dev: Device, W_h: Array, B: int) -> Array:
     return dev.xp.arange(B, dtype=np.int32) if len(W_h) > 1 else dev.xp.zeros(B, np.int32)
 
 
+@_room({})
 def cell_forward(
     cell: str, s0: Array, init: float, A: Array, W_h: Array, event: Array, carry: Array
 ) -> tuple[Array, Array]:
@@ -597,6 +627,7 @@ def cell_forward(
     return states, cache
 
 
+@_room({})
 def cell_backward(
     cell: str,
     dH: Array,
@@ -723,6 +754,7 @@ def _softmax(
             dev.product(e, g, dw, float(lo > 0), tf32)
 
 
+@_room({})
 def output(kind: str, H: Array, W_out: Array, y: Array) -> tuple[float, Array, Array]:
     """Loss of N cells in nats, dH [N, D] and dW_out [I, D] (`outputs`)."""
     dev = _of(H)
@@ -762,6 +794,7 @@ def _score(dev: Device, H: Array, W_out: Array, y: Array) -> tuple[Array, Array,
     return nll, rank, target
 
 
+@_room({})
 def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     """Negative log-likelihood float64[N] and rank int32[N] of each target (`outputs`)."""
     dev = _of(H)
@@ -783,6 +816,7 @@ def _ranked_at_once(N: int, n_items: int) -> int:
     return max(min(N, EXTRA_BYTES // (8 * n_items)), 1)
 
 
+@_room({})
 def mixture(
     H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
 ) -> tuple[float, Array, Array, Mixture]:
@@ -801,6 +835,7 @@ def mixture(
     return float(to_host(loss).sum()), dH, dW_out, mixing.gradients
 
 
+@_room({})
 def mixture_score(
     H: Array, W_out: Array, mixture: Mixture, cells: Cells, past: Past, memory: int
 ) -> tuple[Array, Array]:
@@ -869,6 +904,7 @@ def _work_shapes(
     return own | _output_shapes(N, n_items, D, dtype), mixing
 
 
+@_room({})
 def workspace(spec: Spec, n_items: int, batch: int, window: int) -> Work:
     """Work arrays of `train_run` for windows of at most `window` steps of `batch` columns."""
     dev = device(spec.dtype)
@@ -1089,6 +1125,14 @@ def _train(
 # ---------------------------------------------------------------- memory, counted
 
 
+def _device_there(dtype: str) -> Device | None:
+    """`device`, None where this machine has none."""
+    try:
+        return device(dtype)
+    except DeviceError:
+        return None
+
+
 def training_bytes(
     spec: Spec, rule: Rule, log: EventLog, batch: int, window: int, run: Slice
 ) -> tuple[int, int]:
@@ -1097,10 +1141,7 @@ def training_bytes(
     Without parameters, accumulators and the past of a mixture.
     """
     D, real = spec.hidden_size, np.dtype(spec.dtype).itemsize
-    try:
-        dev = device(spec.dtype)
-    except DeviceError:
-        dev = None
+    dev = _device_there(spec.dtype)
     own, mixing = map(_bytes, _work_shapes(dev, spec, log.n_items, batch, window))
     held = sum((*own.values(), *mixing.values(), log.indptr.nbytes, log.items.nbytes))
     if not rule.clip:
@@ -1121,8 +1162,9 @@ def scoring_bytes(spec: Spec, n_items: int, run: Slice, lengths: np.ndarray, at_
     scored.
     """
     B, D, dtype = run.length.shape[1], spec.hidden_size, np.dtype(spec.dtype)
-    real, width = dtype.itemsize, spec.gates * D
-    matrices = 0 if spec.sharing == "pooled" else B * D * width * real
+    real, width, pooled = dtype.itemsize, spec.gates * D, spec.sharing == "pooled"
+    matrices = 0 if pooled else B * D * width * real
+    dev = _device_there(spec.dtype)
     cell = D * real + 16  # its state, user, place and next item
     targets = _targets(run, lengths)
     most = cells = gathered = states = 0
@@ -1131,7 +1173,9 @@ def scoring_bytes(spec: Spec, n_items: int, run: Slice, lengths: np.ndarray, at_
         before, places = (gathered, states), int(steps) * B
         gathered = places * (width * real + 16 + 3 * real) + matrices
         states = ((places + B) * D + (places * 3 * D if spec.gates == 3 else 0)) * real
-        most = max(most, cells * cell + before[1] + gathered + max(before[0], states))
+        shape = Shape(spec.cell_kind, int(steps), B, D)
+        exchange = sum(_bytes(_exchange_shapes(dev, shape, pooled, dtype)).values())
+        most = max(most, cells * cell + before[1] + gathered + max(before[0], states + exchange))
         cells += int(targets[k])
         if cells >= at_once or k == len(targets) - 1:
             scoring = 2 * cells * cell + _score_bytes(spec, cells, n_items)
