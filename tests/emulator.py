@@ -40,9 +40,10 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
+LARGEST_BLOCK = 1024  # threads
 LONGEST = 120  # seconds of a launch under a sanitizer
 SIGNATURE = re.compile(
-    r'extern "C" __global__ void\s*(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)'
+    r'extern "C" __global__ void\s*(?:__launch_bounds__\((\d+)\)\s*)?(\w+)\(([^)]*)\)'
 )
 TYPES = {
     "int": np.int32,
@@ -255,17 +256,20 @@ def compiler() -> str:
     return found
 
 
-def signatures(source: Path) -> dict[str, list]:
-    """The parameters of each kernel of a file."""
+def signatures(source: Path) -> dict[str, tuple[list, int]]:
+    """The parameters of each kernel of a file, and the threads of its largest block."""
     text = re.sub(r"\s+", " ", source.read_text(encoding="utf-8"))
-    return {name: parameters(args) for name, args in SIGNATURE.findall(text)}
+    return {
+        name: (parameters(args), int(bound or LARGEST_BLOCK))
+        for bound, name, args in SIGNATURE.findall(text)
+    }
 
 
 @functools.cache
 def build(source: Path, real: str, sanitizer: str | None) -> Path:
     """Compile one kernel file to a library or driver, once for each content."""
     calls = []
-    for name, params in signatures(source).items():
+    for name, (params, _) in signatures(source).items():
         given = (f"*static_cast<{p[0]} *>(a[{i}])" for i, p in enumerate(params))
         calls.append(f'{{"{name}", [](void **a) {{ {name}({", ".join(given)}); }}}},')
     unit = "\n".join(
@@ -361,13 +365,13 @@ class EmulatedDevice:
 
     @functools.cached_property
     def kernels(self) -> dict:
-        """For each kernel: file, number in the file, parameters, whether it is cooperative."""
+        """For each kernel: file, number in it, parameters, largest block, if it is cooperative."""
         found = {}
         for source in self.sources:
             cooperative = gpu.GRID_BARRIER in source.read_text(encoding="utf-8")
-            for number, (name, params) in enumerate(signatures(source).items()):
+            for number, (name, signature) in enumerate(signatures(source).items()):
                 assert name not in found, f"two kernels are called {name}"
-                found[name] = source, number, params, cooperative
+                found[name] = source, number, *signature, cooperative
         return found
 
     def launch(self, name, grid, block, arguments, shared=0) -> None:
@@ -377,11 +381,11 @@ class EmulatedDevice:
         grid_x, grid_y = grid if isinstance(grid, tuple) else (grid, 1)
         if not (0 < grid_x < 1 << 31 and 0 < grid_y < 1 << 16):
             raise EmulatorError(f"{name}: a grid of {grid}")
-        if block % 32 or not 32 <= block <= 1024:
+        source, number, params, largest, cooperative = self.kernels[name]
+        if block % 32 or not 32 <= block <= largest:
             raise EmulatorError(f"{name}: a block of {block}")
         if not 0 <= shared <= self.shared_limit:
             raise EmulatorError(f"{name}: {shared} bytes of shared memory")
-        source, number, params, cooperative = self.kernels[name]
         if cooperative and grid_x * grid_y > self.multiprocessors:
             raise EmulatorError(f"{name}: a grid of {grid} can't be alive at once")
         given = self.check(name, params, arguments)

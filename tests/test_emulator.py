@@ -6,7 +6,8 @@ import pytest
 
 KERNEL = """
 #include "common.cuh"
-extern "C" __global__ void rotate(const real *__restrict__ a, real *__restrict__ out, int fault)
+extern "C" __global__ void __launch_bounds__(64)
+rotate(const real *__restrict__ a, real *__restrict__ out, int fault)
 {
     SHARED(real, row);
     __shared__ real fixed[64];
@@ -226,6 +227,7 @@ def test_in_place_and_scalars(source, sanitizer):
         ({"arguments": lambda a: (a, a[::2], np.int32(0))}, "not C-contiguous"),
         ({"arguments": lambda a: (a, a.astype(np.float32), np.int32(0))}, "float32"),
         ({"block": 48}, "a block of 48"),
+        ({"block": 96}, "a block of 96"),
         ({"grid": 0}, "a grid of 0"),
         ({"name": "rotat"}, "no kernel"),
         ({"shared": 1 << 20}, "bytes of shared memory"),
