@@ -322,17 +322,21 @@ REAL_SIZES = {  # settings, items, B, T
     "one matrix": ({"hidden_size": 200, "sharing": "pooled", "candidate": "sigmoid"}, 3000, 20, 32),
     "mixture": ({"hidden_size": 32, "output": "mixture", "pointers": 2}, 3000, 4, 64),
 }
+# On the emulated device too: 4 to 12 s each.
+EMULATED = ["Last.fm, one user", "tanh", "a matrix of their own too large", "mixture"]
+REAL_RUNS = [("emulator", case) for case in EMULATED]
+REAL_RUNS += [pytest.param("device", case, marks=pytest.mark.gpu) for case in REAL_SIZES]
 
 
-@pytest.mark.parametrize("case", REAL_SIZES)
-def test_a_run_of_real_sizes(device, case, monkeypatch):
+@pytest.mark.parametrize(("unshrunk", "case"), REAL_RUNS, indirect=["unshrunk"])
+def test_a_run_of_real_sizes(unshrunk, case, monkeypatch):
     """Blocks of 1024 threads with all the shared memory there is, tiles of 2048 items."""
     settings, n_items, B, T = REAL_SIZES[case]
-    monkeypatch.setattr(device, "LOGITS_BYTES", 1 << 24)  # of 5000 items: 834 cells in float32
+    monkeypatch.setattr(unshrunk, "LOGITS_BYTES", 1 << 24)  # of 5000 items: 834 cells in float32
     spec, plan = Spec(**settings), Plan(batch=B, window=T, loss_scale="mean")
     log = random_log(np.random.default_rng(5), [2 * T + 2] * B + [T // 2], n_items)
     start = model.initialise(spec, log.n_users, n_items, 1)
-    assert_same_run(device, spec, Rule(eps=1e-4), plan, log, start, windows=4)
+    assert_same_run(unshrunk, spec, Rule(eps=1e-4), plan, log, start, windows=4)
 
 
 @pytest.mark.parametrize("size", [20, 1e4])
