@@ -61,13 +61,15 @@ def run_epochs(backend, spec, rule, plan, log, start, n_epochs, fused=True):
 FUNCTIONS = backends.FUNCTIONS
 
 
-def assert_same_run(cupy, spec, rule, plan, log, start, n_epochs=1, windows=20, fused=True):
+def assert_same_run(
+    cupy, spec, rule, plan, log, start, n_epochs=1, windows=20, fused=True, rounded=ROUNDED
+):
     """Both precisions on the device against the loop over `step` of the reference in float64."""
     steps = sum(epoch_slices(plan, log.lengths, e).key.size for e in range(1, n_epochs + 1))
     assert steps >= windows
     exact = Spec(**{**vars(spec), "dtype": "float64"})
     expected = run_epochs(reference, exact, rule, plan, log, start, n_epochs, fused=False)
-    for dtype, limit in (("float64", EXACT), ("float32", ROUNDED)):
+    for dtype, limit in (("float64", EXACT), ("float32", rounded)):
         own = Spec(**{**vars(spec), "dtype": dtype})
         found = run_epochs(cupy, own, rule, plan, log, start, n_epochs, fused)
         assert all(np.isfinite(block).all() for block in (*found.params, *found.acc))
