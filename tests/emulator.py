@@ -434,10 +434,22 @@ class Library:
             raise EmulatorError(f"{name}: {said.decode()}")
 
 
+def largest_around(k, given, params) -> int:
+    """Number of the largest array in which array k lies, k's own where there is no larger one.
+
+    Of several in one place, the first.
+    """
+    spans = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in given]
+    first, last = spans[k]
+    around = [j for j, (a, b) in enumerate(spans) if params[j][2] and a <= first and last <= b]
+    return max(around, key=lambda j: given[j].nbytes)
+
+
 class Driver:
     """A kernel file under a sanitizer, in a process of its own for each launch.
 
-    Each array travels there and back, in memory of exactly its size.
+    Each array travels there and back, in memory of exactly its size. One that lies inside another
+    lies inside it there too.
     """
 
     OPTIONS = {
@@ -456,15 +468,16 @@ class Driver:
             self.command = ["setarch", "-R", str(path)]
 
     def __call__(self, name, number, sizes, params, given) -> None:
-        sent, places = [struct.pack("7q", number, *sizes, len(given))], {}
+        sent = [struct.pack("7q", number, *sizes, len(given))]
         written = [a for a, p in zip(given, params, strict=True) if p[2] and not p[3] and a.size]
         for a, b in itertools.combinations(written, 2):
             if a.ctypes.data != b.ctypes.data and np.may_share_memory(a, b):
                 raise EmulatorError(f"{name}: two arrays that it writes to overlap")
         for k, (array, param) in enumerate(zip(given, params, strict=True)):
-            place = array.ctypes.data, array.nbytes
-            same = places.setdefault(place, k) if param[2] and array.nbytes else k
-            sent.append(struct.pack("3q", param[2] + (param[2] and param[3]), same, array.nbytes))
+            whole = largest_around(k, given, params) if param[2] and array.nbytes else k
+            offset = array.ctypes.data - given[whole].ctypes.data
+            kind = param[2] + (param[2] and param[3])
+            sent.append(struct.pack("4q", kind, whole, offset, array.nbytes))
             sent.append(array.tobytes())
         try:
             done = subprocess.run(

@@ -215,6 +215,16 @@ def test_in_place_and_scalars(source, sanitizer):
     assert np.array_equal(out.get(), np.full(128, 2))
     device.launch("add_rows", (2, 2), 32, (b, b, b))
     assert np.array_equal(b.get(), np.full(128, 2))
+    whole = device.xp.asarray(np.arange(256, dtype=np.float32))
+    device.launch("add_rows", (2, 2), 32, (whole[128:], b, whole))
+    assert np.array_equal(whole.get(), np.r_[130:258, 128:256])
+
+
+def test_a_race_in_an_array_that_lies_inside_another(source):
+    device = emulator.EmulatedDevice(np.float64, "thread", sources=[source])
+    b, whole = device.xp.ones(128), device.xp.ones(129)
+    with pytest.raises(emulator.EmulatorError, match="data race"):
+        device.launch("add_rows", (2, 2), 32, (whole[1:], b, whole))
 
 
 @pytest.mark.parametrize(
