@@ -1,7 +1,9 @@
 """The CUDA backend against the reference, on the emulated device and, where there is one, a GPU."""
 
-import ctypes
+import ctypes.util
+import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import emulator
@@ -769,3 +771,33 @@ def test_launches_and_sources(monkeypatch):
         ("gru_forward", (5,), (128,), (), 200_000),
         ("gru_forward", (5,), (128,), (), 100_000),
     ]
+
+
+def nvrtc():
+    """CUDA's run-time compiler, of the system or of NVIDIA's wheels."""
+    wheels = importlib.util.find_spec("nvidia")
+    folders = map(Path, wheels.submodule_search_locations if wheels else ())
+    found = [str(path) for folder in folders for path in folder.glob("*/lib/libnvrtc.so.*")]
+    name = ctypes.util.find_library("nvrtc") or next(iter(found), None)
+    if name is None:
+        pytest.skip("no libnvrtc")
+    return ctypes.CDLL(name)
+
+
+def test_kernels_compile_with_nvrtc(monkeypatch):
+    """It has no standard library. The options after the module's own are CuPy's."""
+    library = nvrtc()
+    made_up_cupy(monkeypatch)
+    for module in {m.code: m for m in gpu.Device("float32")._modules.values()}.values():
+        options = [*module.options, "-arch=compute_75", "-ftz=true"]
+        options += ["--device-c"] * module.cooperative
+        given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        source = module.code.encode(), b"kernels.cu"
+        assert not library.nvrtcCreateProgram(ctypes.byref(program), *source, 0, None, None)
+        failed = library.nvrtcCompileProgram(program, len(given), given)
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+        assert not failed, log.value.decode()
