@@ -12,11 +12,12 @@ from crnn_np.errors import DeviceError
 SMALL = {"THREADS": 64, "CELL_THREADS": 64, "TILE": 16}
 
 
-def emulate(monkeypatch, **options):
-    """Put an emulated device in the backend's place for the GPU, with small blocks and tiles."""
+def emulate(monkeypatch, shrunk=True, **options):
+    """Put an emulated device in the backend's place for the GPU."""
     made = functools.cache(lambda dtype="float32": emulator.EmulatedDevice(dtype, **options))
     monkeypatch.setattr(gpu, "device", made)
-    _shrink(monkeypatch)
+    if shrunk:
+        _shrink(monkeypatch)
 
 
 def _shrink(monkeypatch):
@@ -50,10 +51,12 @@ def cupy(request, monkeypatch):
     return gpu
 
 
-@pytest.fixture(params=ON_DEVICE[:1])
-def device(request):
-    """The module of backend "cupy" on a real device, for what takes long on the emulated one."""
-    if not there():
+@pytest.fixture
+def unshrunk(request, monkeypatch):
+    """The module of backend "cupy" on the device that a test asks for, with its own sizes."""
+    if request.param == "emulator":
+        emulate(monkeypatch, shrunk=False)
+    elif not there():
         pytest.skip("no CUDA device")
     return gpu
 

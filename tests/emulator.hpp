@@ -15,7 +15,6 @@
 
 #define __global__
 #define __device__ static
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("shared_memory")))
@@ -29,7 +28,6 @@
     emulator::shuffle(mask, value, emulator::lane() + int(delta), __LINE__)
 #define __shfl_xor_sync(mask, value, bits) \
     emulator::shuffle(mask, value, emulator::lane() ^ int(bits), __LINE__)
-#define __shfl_sync(mask, value, from) emulator::shuffle(mask, value, (from) % 32, __LINE__)
 
 using std::max;
 using std::min;

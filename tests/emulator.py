@@ -40,9 +40,10 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
+LARGEST_BLOCK = 1024  # threads
 LONGEST = 120  # seconds of a launch under a sanitizer
 SIGNATURE = re.compile(
-    r'extern "C" __global__ void\s*(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)'
+    r'extern "C" __global__ void\s*(?:__launch_bounds__\((\d+)\)\s*)?(\w+)\(([^)]*)\)'
 )
 TYPES = {
     "int": np.int32,
@@ -186,21 +187,12 @@ def on_device(function):
 class Namespace:
     """The part of CuPy's name space that the emulated device has."""
 
-    TYPES = {"bool_", "int8", "int32", "int64", "uint8", "uint32", "uint64", "float32", "float64"}
     FUNCTIONS = {
-        *("arange", "array_equal", "ascontiguousarray", "bincount", "broadcast_to"),
-        *("concatenate", "cumsum", "diff", "exp", "flatnonzero", "full", "full_like", "isfinite"),
-        *("lexsort", "log", "matmul", "maximum", "minimum", "nonzero", "ones", "ones_like"),
-        *("repeat", "searchsorted", "sqrt", "square", "stack", "sum", "take", "tanh", "unique"),
-        *("where", "zeros", "zeros_like", "add", "multiply", "subtract", "divide", "abs", "max"),
-        *("count_nonzero", "copyto", "dot", "argmax"),
+        *("arange", "ascontiguousarray", "broadcast_to", "concatenate", "count_nonzero"),
+        *("flatnonzero", "ones", "sum", "zeros", "zeros_like"),
     }
-    ndarray = Array
-    newaxis = None
 
     def __getattr__(self, name):
-        if name in Namespace.TYPES:
-            return getattr(np, name)
         if name in Namespace.FUNCTIONS:
             return on_device(getattr(np, name))
         raise AttributeError(f"the emulated device has no {name!r}")
@@ -210,10 +202,6 @@ class Namespace:
         host = np.empty(shape, dtype)
         host.reshape(-1).view(np.uint8)[...] = 0xFF
         return Array(host)
-
-    def empty_like(self, a: Array) -> Array:
-        """New memory of the shape and dtype of `a`."""
-        return self.empty(a.shape, a.dtype)
 
     def argsort(self, a: Array, kind: str) -> Array:
         """Where each element goes; CuPy sorts a copy, beside as much again for keys and places."""
@@ -227,14 +215,6 @@ class Namespace:
         if isinstance(a, Array):
             return a if dtype is None else a.astype(dtype, copy=False)
         return Array(np.array(a, dtype))
-
-    def array(self, a, dtype=None) -> Array:
-        """A new array with a copy of `a`."""
-        return Array(np.array(a._host if isinstance(a, Array) else a, dtype))
-
-    def asnumpy(self, a: Array) -> np.ndarray:
-        """A copy on the host."""
-        return a.get()
 
 
 def parameters(text: str) -> list[tuple[str, str, bool, bool]]:
@@ -255,17 +235,20 @@ def compiler() -> str:
     return found
 
 
-def signatures(source: Path) -> dict[str, list]:
-    """The parameters of each kernel of a file."""
+def signatures(source: Path) -> dict[str, tuple[list, int]]:
+    """The parameters of each kernel of a file, and the threads of its largest block."""
     text = re.sub(r"\s+", " ", source.read_text(encoding="utf-8"))
-    return {name: parameters(args) for name, args in SIGNATURE.findall(text)}
+    return {
+        name: (parameters(args), int(bound or LARGEST_BLOCK))
+        for bound, name, args in SIGNATURE.findall(text)
+    }
 
 
 @functools.cache
 def build(source: Path, real: str, sanitizer: str | None) -> Path:
     """Compile one kernel file to a library or driver, once for each content."""
     calls = []
-    for name, params in signatures(source).items():
+    for name, (params, _) in signatures(source).items():
         given = (f"*static_cast<{p[0]} *>(a[{i}])" for i, p in enumerate(params))
         calls.append(f'{{"{name}", [](void **a) {{ {name}({", ".join(given)}); }}}},')
     unit = "\n".join(
@@ -361,13 +344,13 @@ class EmulatedDevice:
 
     @functools.cached_property
     def kernels(self) -> dict:
-        """For each kernel: file, number in the file, parameters, whether it is cooperative."""
+        """For each kernel: file, number in it, parameters, largest block, if it is cooperative."""
         found = {}
         for source in self.sources:
             cooperative = gpu.GRID_BARRIER in source.read_text(encoding="utf-8")
-            for number, (name, params) in enumerate(signatures(source).items()):
+            for number, (name, signature) in enumerate(signatures(source).items()):
                 assert name not in found, f"two kernels are called {name}"
-                found[name] = source, number, params, cooperative
+                found[name] = source, number, *signature, cooperative
         return found
 
     def launch(self, name, grid, block, arguments, shared=0) -> None:
@@ -377,11 +360,11 @@ class EmulatedDevice:
         grid_x, grid_y = grid if isinstance(grid, tuple) else (grid, 1)
         if not (0 < grid_x < 1 << 31 and 0 < grid_y < 1 << 16):
             raise EmulatorError(f"{name}: a grid of {grid}")
-        if block % 32 or not 32 <= block <= 1024:
+        source, number, params, largest, cooperative = self.kernels[name]
+        if block % 32 or not 32 <= block <= largest:
             raise EmulatorError(f"{name}: a block of {block}")
         if not 0 <= shared <= self.shared_limit:
             raise EmulatorError(f"{name}: {shared} bytes of shared memory")
-        source, number, params, cooperative = self.kernels[name]
         if cooperative and grid_x * grid_y > self.multiprocessors:
             raise EmulatorError(f"{name}: a grid of {grid} can't be alive at once")
         given = self.check(name, params, arguments)
@@ -451,10 +434,22 @@ class Library:
             raise EmulatorError(f"{name}: {said.decode()}")
 
 
+def largest_around(k, given, params) -> int:
+    """Number of the largest array in which array k lies, k's own where there is no larger one.
+
+    Of several in one place, the first.
+    """
+    spans = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in given]
+    first, last = spans[k]
+    around = [j for j, (a, b) in enumerate(spans) if params[j][2] and a <= first and last <= b]
+    return max(around, key=lambda j: given[j].nbytes)
+
+
 class Driver:
     """A kernel file under a sanitizer, in a process of its own for each launch.
 
-    Each array travels there and back, in memory of exactly its size.
+    Each array travels there and back, in memory of exactly its size. One that lies inside another
+    lies inside it there too.
     """
 
     OPTIONS = {
@@ -473,15 +468,16 @@ class Driver:
             self.command = ["setarch", "-R", str(path)]
 
     def __call__(self, name, number, sizes, params, given) -> None:
-        sent, places = [struct.pack("7q", number, *sizes, len(given))], {}
+        sent = [struct.pack("7q", number, *sizes, len(given))]
         written = [a for a, p in zip(given, params, strict=True) if p[2] and not p[3] and a.size]
         for a, b in itertools.combinations(written, 2):
             if a.ctypes.data != b.ctypes.data and np.may_share_memory(a, b):
                 raise EmulatorError(f"{name}: two arrays that it writes to overlap")
         for k, (array, param) in enumerate(zip(given, params, strict=True)):
-            place = array.ctypes.data, array.nbytes
-            same = places.setdefault(place, k) if param[2] and array.nbytes else k
-            sent.append(struct.pack("3q", param[2] + (param[2] and param[3]), same, array.nbytes))
+            whole = largest_around(k, given, params) if param[2] and array.nbytes else k
+            offset = array.ctypes.data - given[whole].ctypes.data
+            kind = param[2] + (param[2] and param[3])
+            sent.append(struct.pack("4q", kind, whole, offset, array.nbytes))
             sent.append(array.tobytes())
         try:
             done = subprocess.run(

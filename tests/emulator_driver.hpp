@@ -13,17 +13,22 @@ int main()
     read_all(head, sizeof head);
     int n = int(head[6]);
     std::vector<void *> memory(n), values(n);
-    std::vector<int64_t> bytes(n), pointer(n);
+    std::vector<int64_t> bytes(n), pointer(n), within(n), offset(n);
     for (int i = 0; i < n; ++i) {
-        int64_t argument[3]; /* is a pointer, the first argument with the same memory, bytes */
+        int64_t argument[4]; /* is a pointer, the argument in whose memory it lies, where, bytes */
         read_all(argument, sizeof argument);
         pointer[i] = argument[0];
-        bytes[i] = argument[2];
-        void *given = malloc(bytes[i]);
-        read_all(given, bytes[i]);
-        if (argument[1] != i)
-            free(given);
-        memory[i] = argument[1] == i ? given : memory[argument[1]];
+        within[i] = argument[1];
+        offset[i] = argument[2];
+        bytes[i] = argument[3];
+        memory[i] = malloc(bytes[i]);
+        read_all(memory[i], bytes[i]);
+    }
+    for (int i = 0; i < n; ++i) {
+        if (within[i] != i) {
+            free(memory[i]);
+            memory[i] = static_cast<char *>(memory[within[i]]) + offset[i];
+        }
         values[i] = pointer[i] ? &memory[i] : memory[i];
     }
     emulator::run(emulator_kernels[head[0]], int(head[1]), int(head[2]), int(head[3]), head[4],

@@ -6,7 +6,8 @@ import pytest
 
 KERNEL = """
 #include "common.cuh"
-extern "C" __global__ void rotate(const real *__restrict__ a, real *__restrict__ out, int fault)
+extern "C" __global__ void __launch_bounds__(64)
+rotate(const real *__restrict__ a, real *__restrict__ out, int fault)
 {
     SHARED(real, row);
     __shared__ real fixed[64];
@@ -214,6 +215,16 @@ def test_in_place_and_scalars(source, sanitizer):
     assert np.array_equal(out.get(), np.full(128, 2))
     device.launch("add_rows", (2, 2), 32, (b, b, b))
     assert np.array_equal(b.get(), np.full(128, 2))
+    whole = device.xp.asarray(np.arange(256, dtype=np.float32))
+    device.launch("add_rows", (2, 2), 32, (whole[128:], b, whole))
+    assert np.array_equal(whole.get(), np.r_[130:258, 128:256])
+
+
+def test_a_race_in_an_array_that_lies_inside_another(source):
+    device = emulator.EmulatedDevice(np.float64, "thread", sources=[source])
+    b, whole = device.xp.ones(128), device.xp.ones(129)
+    with pytest.raises(emulator.EmulatorError, match="data race"):
+        device.launch("add_rows", (2, 2), 32, (whole[1:], b, whole))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +237,7 @@ def test_in_place_and_scalars(source, sanitizer):
         ({"arguments": lambda a: (a, a[::2], np.int32(0))}, "not C-contiguous"),
         ({"arguments": lambda a: (a, a.astype(np.float32), np.int32(0))}, "float32"),
         ({"block": 48}, "a block of 48"),
+        ({"block": 96}, "a block of 96"),
         ({"grid": 0}, "a grid of 0"),
         ({"name": "rotat"}, "no kernel"),
         ({"shared": 1 << 20}, "bytes of shared memory"),

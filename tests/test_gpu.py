@@ -1,8 +1,10 @@
 """The CUDA backend against the reference, on the emulated device and, where there is one, a GPU."""
 
-import ctypes
+import ctypes.util
 import functools
+import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import emulator
@@ -62,13 +64,15 @@ def run_epochs(backend, spec, rule, plan, log, start, n_epochs, fused=True):
 FUNCTIONS = backends.FUNCTIONS
 
 
-def assert_same_run(cupy, spec, rule, plan, log, start, n_epochs=1, windows=20, fused=True):
+def assert_same_run(
+    cupy, spec, rule, plan, log, start, n_epochs=1, windows=20, fused=True, rounded=ROUNDED
+):
     """Both precisions on the device against the loop over `step` of the reference in float64."""
     steps = sum(epoch_slices(plan, log.lengths, e).key.size for e in range(1, n_epochs + 1))
     assert steps >= windows
     exact = Spec(**{**vars(spec), "dtype": "float64"})
     expected = run_epochs(reference, exact, rule, plan, log, start, n_epochs, fused=False)
-    for dtype, limit in (("float64", EXACT), ("float32", ROUNDED)):
+    for dtype, limit in (("float64", EXACT), ("float32", rounded)):
         own = Spec(**{**vars(spec), "dtype": dtype})
         found = run_epochs(cupy, own, rule, plan, log, start, n_epochs, fused)
         assert all(np.isfinite(block).all() for block in (*found.params, *found.acc))
@@ -323,17 +327,21 @@ REAL_SIZES = {  # settings, items, B, T
     "one matrix": ({"hidden_size": 200, "sharing": "pooled", "candidate": "sigmoid"}, 3000, 20, 32),
     "mixture": ({"hidden_size": 32, "output": "mixture", "pointers": 2}, 3000, 4, 64),
 }
+# On the emulated device too: 4 to 12 s each.
+EMULATED = ["Last.fm, one user", "tanh", "a matrix of their own too large", "mixture"]
+REAL_RUNS = [("emulator", case) for case in EMULATED]
+REAL_RUNS += [pytest.param("device", case, marks=pytest.mark.gpu) for case in REAL_SIZES]
 
 
-@pytest.mark.parametrize("case", REAL_SIZES)
-def test_a_run_of_real_sizes(device, case, monkeypatch):
+@pytest.mark.parametrize(("unshrunk", "case"), REAL_RUNS, indirect=["unshrunk"])
+def test_a_run_of_real_sizes(unshrunk, case, monkeypatch):
     """Blocks of 1024 threads with all the shared memory there is, tiles of 2048 items."""
     settings, n_items, B, T = REAL_SIZES[case]
-    monkeypatch.setattr(device, "LOGITS_BYTES", 1 << 24)  # of 5000 items: 834 cells in float32
+    monkeypatch.setattr(unshrunk, "LOGITS_BYTES", 1 << 24)  # of 5000 items: 834 cells in float32
     spec, plan = Spec(**settings), Plan(batch=B, window=T, loss_scale="mean")
     log = random_log(np.random.default_rng(5), [2 * T + 2] * B + [T // 2], n_items)
     start = model.initialise(spec, log.n_users, n_items, 1)
-    assert_same_run(device, spec, Rule(eps=1e-4), plan, log, start, windows=4)
+    assert_same_run(unshrunk, spec, Rule(eps=1e-4), plan, log, start, windows=4)
 
 
 @pytest.mark.parametrize("size", [20, 1e4])
@@ -820,8 +828,42 @@ def test_launches_and_sources(monkeypatch):
         dev.launch("gather", (3, 2), 64, ("a",))
         dev.launch("gru_forward", 5, 128, (), 200_000)
         dev.launch("gru_forward", 5, 128, (), 100_000)
-    assert launched[:2] == [("gather", (3, 2), (64,), ("a",), 0), launched[1]]
-    assert launched[1][:3] == ("gru_forward", (5,), (128,))
+        assert dev._kernels["gru_forward"].max_dynamic_shared_size_bytes == 200_000
+    assert launched == 2 * [
+        ("gather", (3, 2), (64,), ("a",), 0),
+        ("gru_forward", (5,), (128,), (), 200_000),
+        ("gru_forward", (5,), (128,), (), 100_000),
+    ]
+
+
+def nvrtc():
+    """CUDA's run-time compiler, of the system or of NVIDIA's wheels."""
+    wheels = importlib.util.find_spec("nvidia")
+    folders = map(Path, wheels.submodule_search_locations if wheels else ())
+    found = [str(path) for folder in folders for path in folder.glob("*/lib/libnvrtc.so.*")]
+    name = ctypes.util.find_library("nvrtc") or next(iter(found), None)
+    if name is None:
+        pytest.skip("no libnvrtc")
+    return ctypes.CDLL(name)
+
+
+def test_kernels_compile_with_nvrtc(monkeypatch):
+    """It has no standard library. The options after the module's own are CuPy's."""
+    library = nvrtc()
+    made_up_cupy(monkeypatch)
+    for module in {m.code: m for m in gpu.Device("float32")._modules.values()}.values():
+        options = [*module.options, "-arch=compute_75", "-ftz=true"]
+        options += ["--device-c"] * module.cooperative
+        given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        source = module.code.encode(), b"kernels.cu"
+        assert not library.nvrtcCreateProgram(ctypes.byref(program), *source, 0, None, None)
+        failed = library.nvrtcCompileProgram(program, len(given), given)
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+        assert not failed, log.value.decode()
 
 
 def test_kernels_of_a_checkout_and_of_an_installed_package(monkeypatch, tmp_path):

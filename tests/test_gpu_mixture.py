@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import emulate
-from test_gpu import back
+from test_gpu import assert_same_run, back, run_epochs
 from test_mixture import BLOCKS, make, moved
-from test_training import errors, random_log
+from test_training import random_log
 
 from crnn_np import backends, evaluation, model, outputs, training
 from crnn_np.backends import gpu, gpu_mixture, reference
@@ -281,42 +281,6 @@ def test_pieces_of_the_lags(memory, most):
 # Runs
 
 
-def trained(backend, spec, rule, plan, log, start, n_epochs=1, fused=True):
-    """Parameters, accumulators, loss and last state after some epochs, on the host."""
-    start = type(start)(*(block.astype(spec.dtype) for block in start))
-    params = model.on_device(backend, type(start)(*(block.copy() for block in start)))
-    acc = model.on_device(backend, model.new_accumulators(start))
-    past = model.on_device(backend, evaluation.read_past(spec, log))
-    work = training.workspace(backend, spec, plan, log) if fused else None
-    run_of = backend
-    if not fused:
-        run_of = SimpleNamespace(**{name: getattr(backend, name) for name in backends.FUNCTIONS})
-    loss, events = 0.0, 0
-    for epoch in range(1, n_epochs + 1):
-        s = backend.to_device(np.zeros((1, plan.batch, spec.hidden_size), spec.dtype))
-        run = epoch_slices(plan, log.lengths, epoch)
-        part = training.train_run(
-            run_of, spec, rule, plan.scale, params, acc, s, log, run, work, past
-        )
-        loss, events = loss + part[0], events + part[1]
-    host = SimpleNamespace(to_device=backend.to_host)
-    params, acc = model.on_device(host, params), model.on_device(host, acc)
-    return SimpleNamespace(params=params, acc=acc, loss=loss, events=events, s=backend.to_host(s))
-
-
-def assert_same_run(spec, rule, plan, log, start, n_epochs=1, fused=True):
-    """Both precisions against the loop over `step` of the reference in float64."""
-    exact = Spec(**{**vars(spec), "dtype": "float64"})
-    expected = trained(reference, exact, rule, plan, log, start, n_epochs, fused=False)
-    for dtype, limit in (("float64", EXACT), ("float32", RUN)):
-        own = Spec(**{**vars(spec), "dtype": dtype})
-        found = trained(gpu, own, rule, plan, log, start, n_epochs, fused)
-        assert all(np.isfinite(block).all() for block in (*found.params, *found.acc))
-        assert found.events == expected.events
-        for block, error in errors(found, expected).items():
-            assert error <= limit, f"{dtype} {block}: {error:.1e}, limit {limit:.0e}"
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("W_in_rows", ["touched", "dense"])
 @pytest.mark.parametrize("sharing", ["collaborative", "pooled"])
@@ -330,7 +294,7 @@ def test_a_run_is_the_loop_over_steps(cupy, cell, sharing, W_in_rows, dropout):
     plan = Plan(batch=3, window=4, order="length", loss_scale="mean", seed=4)
     log = random_log(np.random.default_rng(3), [1, 4, 0, 9, 25, 12, 17, 30, 2], 60)
     start = model.initialise(spec, log.n_users, log.n_items, 1)
-    assert_same_run(spec, rule, plan, log, start, n_epochs=2)
+    assert_same_run(cupy, spec, rule, plan, log, start, 2, rounded=RUN)
 
 
 CASES = {  # items, D, T, B, lengths, pointers, memory, Q
@@ -349,7 +313,7 @@ def test_a_run_of_odd_sizes(cupy, case):
     rule, plan = Rule(learning_rate=0.005, rho=0.9, eps=1e-2), Plan(batch=B, window=T)
     log = random_log(np.random.default_rng(7), lengths, n_items)
     start = model.initialise(spec, log.n_users, n_items, 1)
-    assert_same_run(spec, rule, plan, log, start)
+    assert_same_run(cupy, spec, rule, plan, log, start, windows=3, rounded=RUN)
 
 
 def test_the_loop_over_steps_on_the_device(cupy):
@@ -357,7 +321,8 @@ def test_the_loop_over_steps_on_the_device(cupy):
     plan = Plan(batch=2, window=5)
     log = random_log(np.random.default_rng(2), [22, 17, 1, 9], 11)
     start = model.initialise(spec, log.n_users, log.n_items, 1)
-    assert_same_run(spec, Rule(clip=0.5, eps=1e-3), plan, log, start, fused=False)
+    rule = Rule(clip=0.5, eps=1e-3)
+    assert_same_run(cupy, spec, rule, plan, log, start, windows=9, fused=False, rounded=RUN)
 
 
 def test_windows_without_a_target(cupy):
@@ -407,7 +372,7 @@ def test_launches_of_a_window(monkeypatch):
         start = model.initialise(spec, 2, 20, 0)
         dev.launches.clear()
         products.clear()
-        trained(gpu, spec, Rule(), plan, log, start)
+        run_epochs(gpu, spec, Rule(), plan, log, start, 1)
         found.append((sum(dev.launches.values()), len(products)))
     assert found[1] == (found[0][0] + 6 * windows, found[0][1] + 3 * windows)
 

@@ -237,6 +237,13 @@ def test_not_in_float64(products):
 # TF32 on a GPU
 
 
+@pytest.fixture
+def ampere(cupy):
+    """The device of `cupy` multiplies TF32."""
+    if cupy.device().capability < cupy.AMPERE:
+        pytest.skip("this GPU has no TF32")
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_run_on_a_gpu_rounds_the_factors_and_nothing_else(size, monkeypatch):
     emulate(monkeypatch)
@@ -253,6 +260,7 @@ def test_a_run_on_a_gpu_rounds_the_factors_and_nothing_else(size, monkeypatch):
     assert n_items < 3 or rounding > 5 * error
 
 
+@pytest.mark.usefixtures("ampere")
 @pytest.mark.parametrize("output", ["softmax", "mixture"])
 def test_tf32_repeats_and_stays_near_the_full_products(cupy, output):
     """On a device too, whose rounding of the factors is its own."""
@@ -299,6 +307,7 @@ def test_evaluation_is_not_in_tf32(cupy):
     assert full == tf32
 
 
+@pytest.mark.usefixtures("ampere")
 def test_no_loss_is_negative(cupy):
     """Also where the target has nearly all of the probability, for its logit is rounded too."""
     rng = np.random.default_rng(3)

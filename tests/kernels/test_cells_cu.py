@@ -81,7 +81,7 @@ def run(dev, cell, init, w, threads, resident):
     dev.launch(f"{kind}_forward", B, threads, forward, work[0] + matrix)
     dev.launch(f"{kind}_backward", B, threads, backward, work[1] + matrix)
     arguments = states, cache, dA, d["carry"], real(init), dW_h, *sizes
-    product(dev, "recurrent_gradient", threads, B, D, G, pooled, arguments)
+    product(dev, "recurrent_gradient", min(threads, 256), B, D, G, pooled, arguments)
     return dict(zip(NAMES, (states, cache, ds0, dA, dW_h), strict=True))
 
 
