@@ -2,7 +2,8 @@
 # Another interpreter: make test PYTHON=python3.12      Another place: make test VENV=/tmp/venv
 #
 # make reproduce [DATA=data] [PROFILE=full|quick] [DATASETS=a,b] [RESULTS=results] [ARGS=...]
-# DATA holds the raw logs; ARGS go to bench/reproduce.py: --dry-run, --models, --seeds, --epochs.
+# DATA holds the raw logs; PROFILE=quick has RESULTS/quick; ARGS go to bench/reproduce.py:
+# --dry-run, --models, --seeds, --epochs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +11,8 @@ DATA ?= data
 PROFILE ?= full
 DATASETS ?=
 RESULTS ?= results
+# Not among the results of a full run.
+QUICK := $(if $(filter quick,$(PROFILE)),/quick)
 ARGS ?=
 NVCC ?= nvcc
 GPUS := sm_75 sm_80 sm_90
@@ -51,7 +54,7 @@ test: $(VENV)/.installed
 	'$(VENV)/bin/python' -m pytest $(WORKERS)
 
 reproduce: $(VENV)/.installed
-	'$(VENV)/bin/python' bench/reproduce.py --data '$(DATA)' --out '$(RESULTS)' \
+	'$(VENV)/bin/python' bench/reproduce.py --data '$(DATA)' --out '$(RESULTS)$(QUICK)' \
 	    --profile '$(PROFILE)' --datasets '$(DATASETS)' $(ARGS)
 
 gradcheck: $(VENV)/.installed

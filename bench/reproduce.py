@@ -172,7 +172,7 @@ def prepare(name: str, file: Path, like: str, folder: Path) -> tuple[data.Split,
 
 
 def describe(name: str, split: data.Split, like: str, note: str, folder: Path) -> DataSet:
-    """Write ``data.json``.
+    """What ``data.json`` is to say of a data set.
 
     Data in the format of one of the paper's, or with its name in theirs, get its published column.
     """
@@ -200,7 +200,6 @@ def describe(name: str, split: data.Split, like: str, note: str, folder: Path) -
         "sha256": data.checksum(*split),
         "entropy": data.item_entropy(train).round(6).tolist(),
     }
-    write_json(folder / "data.json", facts)
     return DataSet(facts, split, folder)
 
 
@@ -500,6 +499,8 @@ def reproduce(
     )
     if dry_run:
         return True
+    for of in sets:
+        write_json(of.folder / "data.json", of.facts)
     progress, whole = Progress(plan), True
     for at, planned in enumerate(plan.jobs):
         tried, _ = trials(planned.of, planned.model, profile)

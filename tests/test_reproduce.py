@@ -3,6 +3,8 @@
 import csv
 import gzip
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import epoch_time
@@ -287,6 +289,7 @@ def test_a_dry_run_prints_the_plan_only(logs, tmp_path):
     result = run(logs, tmp_path, "--dry-run", "--datasets", "shop")
     assert result.exit_code == 0, result.output
     assert not list(tmp_path.glob("*/*-*.json"))
+    assert not list(tmp_path.glob("*/data.json"))
     lines = result.stdout.splitlines()
     [line] = [x for x in lines if x.startswith("shop c-gru ")]
     assert line.split()[2:5] == ["2", "0", "2"]
@@ -337,6 +340,14 @@ def test_quick_takes_the_first_users(logs, tmp_path, monkeypatch):
     facts = record(tmp_path / "shop" / "data.json")
     assert facts["users"] == 5
     assert facts["note"] == "the first 5 users only"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("profile", "out"), [("full", "'found'"), ("quick", "'found/quick'")])
+def test_make_keeps_quick_results_apart(profile, out):
+    command = ["make", "--dry-run", "reproduce", f"PROFILE={profile}", "RESULTS=found"]
+    printed = subprocess.check_output(command, cwd=Path(__file__).parents[1], text=True)
+    assert f"--out {out} " in printed
 
 
 def test_epoch_time(tmp_path, monkeypatch):
