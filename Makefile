@@ -30,7 +30,7 @@ help:
 	@echo 'make install      only make the virtual environment, $(VENV)'
 	@echo 'make clean        remove what was built and cached, except $(VENV)'
 
-# $(call install,VENV,OPTIONS)
+# $(call install,VENV,OPTIONS). Without --use-pep517 an old pip leaves out the package of kernels/.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 	    "crnn_np needs Python 3.11 or later, and '$(PYTHON)' is not. Try: make PYTHON=python3.12" \
@@ -38,7 +38,7 @@ define install
 	@test -x '$(1)/bin/pip' || $(PYTHON) -m venv --clear '$(1)' || { echo \
 	    "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" \
 	    >&2; exit 1; }
-	'$(1)/bin/python' -m pip install --quiet --editable '.[test]' $(2)
+	'$(1)/bin/python' -m pip install --quiet --use-pep517 --editable '.[test]' $(2)
 endef
 
 $(VENV)/.installed: setup.cfg setup.py
