@@ -80,6 +80,7 @@ SHAPES = {
 BATCHES = {"1 x 128": "paper", "20 x 64": "authors"}
 DISTURBED = 0.01  # of the cores' time, taken by the host of a virtual machine
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+BLAS_THREADS = "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"  # of NumPy's too
 BACKENDS = {"cpu": "numba", "gpu": "cupy"}
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 OURS = "crnn_np"
@@ -395,7 +396,8 @@ class Contender:
 
     def __init__(self, spec: dict) -> None:
         self.name = spec["name"]
-        environment = PEERS[self.name].environment if self.name in PEERS else {}
+        environment = dict.fromkeys(BLAS_THREADS, str(spec["threads"]))
+        environment |= PEERS[self.name].environment if self.name in PEERS else {}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
@@ -446,7 +448,7 @@ def blas() -> dict:
     import torch
 
     found = [
-        {key: pool.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
+        {key: pool.get(key) for key in ("internal_api", "version", "architecture")}
         for pool in threadpoolctl.threadpool_info()
         if pool["user_api"] == "blas"
     ]
