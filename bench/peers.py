@@ -45,6 +45,7 @@ For DIR there is a second table: our rate at the windows of an epoch as they com
 included and with dropout, beside the rate at full windows; events without a target do not count.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -61,6 +62,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 import products
+import records
 from machine import describe_machine, stolen
 
 import crnn_np
@@ -434,8 +436,9 @@ class Contender:
         while not self.failed and len(answers) < tries:
             time.sleep(0.1)  # the threads of the one before stop spinning
             before, began = stolen(), time.perf_counter()
-            self.process.stdin.write("go\n")
-            self.process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it was killed, as its answer tells
+                self.process.stdin.write("go\n")
+                self.process.stdin.flush()
             answer = self._answer()
             self.failed = answer.get("failed")
             took = (time.perf_counter() - began) * os.cpu_count()
@@ -447,8 +450,7 @@ class Contender:
             self.rates.append(self.answers[-1]["amount"] / self.answers[-1]["seconds"])
 
     def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # closes its pipe, a broken one too
 
 
 # ---------------------------------------------------------------- the tables
@@ -572,7 +574,7 @@ def show(row: dict) -> None:
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default=True)
 @click.option("--device", type=click.Choice(tuple(BACKENDS)), default="cpu", show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), callback=records.in_a_folder)
 @click.option("--worker", hidden=True)
 def main(
     directory, D: int, quick: bool, rounds: int, threads: int, device: str, json_file, worker
@@ -629,11 +631,11 @@ def main(
                 result = row["contenders"]["ragged"]
                 said = f"{result['median']:.0%}" if "median" in result else result["failed"]
                 click.echo(f"  windows as they come, with dropout, of full ones: {said}")
+            if json_file:
+                records.write_json(json_file, {"about": about, "rows": rows})
     for contender in floors:
         contender.end()
     click.echo(f"\n{QUOTED}")
-    if json_file:
-        json_file.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 import subprocess
 import sys
 
+import ablation
 import peers
 import pytest
+from click.testing import CliRunner
+
+from crnn_np import data, synthetic
 
 SPEC = {"name": "nobody", "threads": 3, "directory": None, "device": "cpu", "seconds": 0.1}
 BLAS = """
@@ -22,3 +26,37 @@ def test_numpys_blas_has_the_contenders_threads(name, monkeypatch):
     found = subprocess.check_output([sys.executable, "-c", BLAS], env=given, text=True).split()
     assert found == ["1"] * len(found)
     assert given["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_contender_that_was_killed_has_failed():
+    contender = peers.Contender(SPEC)
+    contender.process.kill()
+    contender.process.wait()
+    contender.run(1)
+    assert contender.failed == "ended with -9"
+    contender.end()
+
+
+@pytest.mark.parametrize("program", [peers, ablation])
+def test_results_have_a_folder_before_anything_is_timed(program, tmp_path):
+    for place in (tmp_path, tmp_path / "missing" / "found.json"):
+        result = CliRunner().invoke(program.main, [str(tmp_path), "--json", str(place)])
+        assert result.exit_code == 2
+        assert f"{place} is no file in a folder that is there" in " ".join(result.output.split())
+
+
+def test_the_ablation_is_written_after_every_epoch(tmp_path, monkeypatch):
+    drawn = synthetic.draw(n_users=8, n_items=9, hidden_size=3, events=(40, 60))
+    data.save(drawn.split, tmp_path / "data", {})
+    names = "C-GRU", "the mixture without a network"
+    variants = {name: ablation.VARIANTS[name] for name in names}
+    monkeypatch.setattr(ablation, "VARIANTS", variants)
+    written = []
+    monkeypatch.setattr(ablation.records, "write_json", lambda _, found: written.append(found))
+    arguments = [str(tmp_path / "data"), "--epochs", "2", "--json", str(tmp_path / "found.json")]
+    result = CliRunner().invoke(ablation.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert [list(found["results"]) for found in written] == [list(names)] * 2
+    first, last = (found["results"]["C-GRU"] for found in written)
+    assert last["nll"] <= first["nll"]
+    assert first["parameters"] == last["parameters"] == 9 * 32 * 4 + 8 * 32 * 96
