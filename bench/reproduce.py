@@ -9,7 +9,7 @@ made again, and one that was broken off goes on after its last epoch, so that th
 stopped at any point and given again. A model that fails is shown as failed; the others finish.
 """
 
-import gzip
+import codecs
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +18,6 @@ import platform
 import sys
 import time
 import tomllib
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from records import write_json
 from tqdm import tqdm
 
 import crnn_np
-from crnn_np import cli, data, datasets, methods, planning, presets, synthetic
+from crnn_np import cli, data, datasets, methods, planning, presets, reading, synthetic
 
 BUILT_IN = "built-in"
 SETTINGS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
@@ -100,19 +99,24 @@ def made(job: Job) -> dict[str, Any] | None:
 
 
 def _is_table(file: Path) -> bool:
-    """Whether a file is a raw table with the columns user and item."""
+    """Whether a file is a raw table; `DataError` where it has no columns user and item."""
+    name = file.name.lower().removesuffix(".gz")
+    if not name.endswith((".csv", ".tsv", ".parquet")):
+        return False
     if (file.parent / "stats.json").exists():  # a prepared data set
         return False
-    name = file.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
+    head, wanted = reading._peek(file), ("user", "item", None)
+    if head.startswith(b"PAR1"):
         import pyarrow.parquet as pq
 
-        return {"user", "item"} <= set(pq.read_schema(file).names)
-    if not name.endswith((".csv", ".tsv")):
-        return False
-    with (gzip.open if file.name.endswith(".gz") else open)(file, "rb") as stream:
-        header = stream.readline(1 << 16).decode("utf-8", "replace")
-    return {"user", "item"} <= {word.strip() for word in header.replace("\t", ",").split(",")}
+        with reading._reading(file):
+            headers = [pq.read_schema(file).names]
+    else:
+        line = head.removeprefix(codecs.BOM_UTF8).splitlines()[0].decode("utf-8", "replace")
+        headers = [reading._header_names(line, separator) for separator in reading.SEPARATORS]
+    best = min(headers, key=lambda names: (len(reading._missing(names, wanted)), -len(names)))
+    reading._positions(file, best, wanted, None)
+    return True
 
 
 def raw_logs(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -126,8 +130,8 @@ def raw_logs(folder: Path) -> dict[str, tuple[Path, str]]:
         try:
             if not file.is_file() or (like is None and not _is_table(file)):
                 continue
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            click.echo(f"{file} is left out: it can't be read ({error})")
+        except crnn_np.DataError as error:
+            click.echo(f"left out: {error}")
             continue
         name = file.parent.name if file.parent != folder else like or file.name.partition(".")[0]
         if name in found:

@@ -285,6 +285,28 @@ def test_what_is_no_raw_log_is_left_out(whole, tmp_path, capsys):
     assert reproduce.raw_logs(whole[0]) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.csv", '"user","item"'),
+        ("a.CSV", "user,item"),
+        ("a.csv", "\ufeffuser,item"),
+        ("a.csv", "user;item"),
+        ("a.tsv", "time\tuser\titem"),
+    ],
+)
+def test_tables_that_prepare_reads_are_raw_logs(tmp_path, name, header):
+    (tmp_path / name).write_text(f"{header}\n", encoding="utf-8")
+    assert reproduce.raw_logs(tmp_path) == {"a": (tmp_path / name, "table")}
+
+
+def test_tables_without_the_columns_are_named(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("User,item\n")
+    assert reproduce.raw_logs(tmp_path) == {}
+    said = f"left out: {tmp_path}/a.csv, line 1: no column 'user' among 'User', 'item'"
+    assert capsys.readouterr().out.startswith(said)
+
+
 def test_a_dry_run_prints_the_plan_only(logs, tmp_path):
     result = run(logs, tmp_path, "--dry-run", "--datasets", "shop")
     assert result.exit_code == 0, result.output
