@@ -6,7 +6,8 @@
 Prepares each raw log under --data, fits every model of ``reproduce.toml``, and writes one JSON file
 a run, the tables as CSV and the page ``report.html`` (``report.py``). A run that is there is not
 made again, and one that was broken off goes on after its last epoch, so that the command can be
-stopped at any point and given again. A model that fails is shown as failed; the others finish.
+stopped at any point and given again. A model that fails is shown as failed, and a log that can't be
+prepared is named; the others finish, and the exit status is 1.
 """
 
 import codecs
@@ -158,7 +159,7 @@ def prepare(name: str, file: Path, like: str, folder: Path) -> tuple[data.Split,
         source = hashlib.file_digest(stream, "sha256").hexdigest()
     place, origin = folder / "prepared", folder / "prepared.json"
     before = json.loads(origin.read_text("utf-8")) if origin.exists() else {}
-    if before.get("sha256") != source:
+    if before.get("sha256") != source or not place.is_dir():
         arguments = ["prepare", str(file), "--like", like, "--out", str(place), "--force"]
         arguments += ["--max-train-events", "5120"] if like == "lastfm" else []
         note = ""
@@ -207,8 +208,13 @@ def describe(name: str, split: data.Split, like: str, note: str, folder: Path) -
     return DataSet(facts, split, folder)
 
 
-def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> Iterator[DataSet]:
-    """The data sets to run on, each prepared; built-in data where there is none."""
+def data_sets(
+    folder: Path, names: list[str], out: Path, users: int | None
+) -> tuple[list[DataSet], bool]:
+    """The data sets to run on, each prepared, and whether these are all.
+
+    Built-in data where there is none.
+    """
     found = raw_logs(folder)
     for name in datasets.KNOWN:
         if name not in found and (name in names or not (names or found)):
@@ -225,16 +231,24 @@ def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> I
         click.echo("Going on with built-in data: drawn from a known C-GRU, and not the paper's")
     if not chosen or BUILT_IN in names:
         chosen.append(BUILT_IN)
+    sets = []
     for name in chosen:
         if name == BUILT_IN:
             split, like, note = synthetic.draw().split, "table", "drawn from a known C-GRU"
         else:
             file, like = found[name]
-            split, note = prepare(name, file, like, out / name)
+            try:
+                split, note = prepare(name, file, like, out / name)
+            except (click.ClickException, crnn_np.CrnnError, OSError) as error:
+                click.echo(f"{name} is left out: {error}", err=True)
+                continue
         if users is not None and split.train.n_users > users:
             split = data.Split(*(epoch_time.first_users(part, users) for part in split))
             note = "; ".join(filter(None, [note, f"the first {users} users only"]))
-        yield describe(name, split, like, note, out / name)
+        sets.append(describe(name, split, like, note, out / name))
+    if not sets:
+        raise click.ClickException(f"no data set of {', '.join(chosen)} can be used")
+    return sets, len(sets) == len(chosen)
 
 
 # ---------------------------------------------------------------- the plan
@@ -576,12 +590,10 @@ def main(
         "changes": {name: value for name, value in changes.items() if value is not None},
         "seeds_asked": seeds,
     }
-    sets = list(data_sets(folder, datasets, out, chosen.get("users")))
+    sets, whole = data_sets(folder, datasets, out, chosen.get("users"))
     names = [name for name in methods.NAMES if not models or name in models]
-    whole = reproduce(sets, names, chosen, out, dry_run)
-    if dry_run:
-        return
-    if with_epoch_time:
+    whole = reproduce(sets, names, chosen, out, dry_run) and whole
+    if with_epoch_time and not dry_run:
         largest = max(sets, key=lambda of: of.split.train.n_events)
         sizes, seconds = chosen["hidden_sizes"], chosen["seconds"]
         file = out / "epoch_time.json"
@@ -592,8 +604,8 @@ def main(
         except Exception as error:  # the page is to come all the same
             say(f"Figure 1 right failed: {type(error).__name__}: {error}")
             whole = False
-    page = report.write(out)
-    click.echo(f"report: {page}")
+    if not dry_run:
+        click.echo(f"report: {report.write(out)}")
     if not whole:
         sys.exit(1)
 

@@ -226,6 +226,29 @@ def test_a_model_that_fails_is_shown_and_the_others_finish(logs, tmp_path, monke
     assert record(tmp_path / "shop" / "bigram-0.json")["status"] == "done"
 
 
+def test_a_log_that_cannot_be_prepared_is_named_and_the_others_finish(logs, tmp_path):
+    for name in ("empty", "good"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+    (tmp_path / "raw" / "empty" / "log.csv").write_text("user,item\na,b\n")
+    text = gzip.decompress((logs / "shop" / "log.tsv.gz").read_bytes())
+    (tmp_path / "raw" / "good" / "log.tsv").write_bytes(text)
+    result = run(tmp_path / "raw", tmp_path / "out", models=("uniform",))
+    assert result.exit_code == 1
+    [said] = [line for line in result.output.splitlines() if line.startswith("empty is left out: ")]
+    assert record(tmp_path / "out" / "good" / "uniform-0.json")["status"] == "done"
+    assert "good" in (tmp_path / "out" / "report.html").read_text()
+    result = run(tmp_path / "raw", tmp_path / "out", "--datasets", "empty", models=("uniform",))
+    assert result.exit_code == 1
+    assert "Error: no data set of empty can be used" in result.output
+
+
+def test_data_whose_prepared_form_was_deleted_are_prepared_again(logs, tmp_path):
+    for _ in range(2):
+        result = run(logs, tmp_path, "--datasets", "shop", models=("uniform",))
+        assert result.exit_code == 0, result.output
+        shutil.rmtree(tmp_path / "shop" / "prepared")
+
+
 def test_other_settings_are_other_runs(logs, tmp_path):
     for epochs in (1, 3):
         options = ("--datasets", "shop", "--epochs", epochs, "--seeds", 1)
