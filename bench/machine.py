@@ -5,6 +5,11 @@ import platform
 from pathlib import Path
 
 
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def describe_machine() -> dict:
     """Processor, cores, memory in GB and load average of this machine."""
     model = platform.processor() or platform.machine()
@@ -15,11 +20,10 @@ def describe_machine() -> dict:
         model = facts.get("model name", model)
         if "cpu family" in facts:
             model += f" (family {facts['cpu family']}, model {facts['model']})"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "processor": model,
         "cores": os.cpu_count(),
-        "memory_gb": round(memory, 1),
+        "memory_gb": round(memory_bytes() / 1e9, 1),
         "load": [round(x, 2) for x in os.getloadavg()],
     }
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reproduce
 from click.testing import CliRunner
+from machine import describe_machine
 
 from crnn_np import datasets, estimator, methods, model, presets, synthetic
 from crnn_np.baselines import Bigram
@@ -411,6 +412,10 @@ def test_epoch_time(tmp_path, monkeypatch):
     assert all(r["seconds_per_epoch"] > 0 and r["peak_gb"] > 0.01 for r in found)
     assert record(file)["rows"] == found
     assert not list(epoch_time.measure(log, "drawn", [2, 3], 0.01, file))
+    other = describe_machine() | {"processor": "another"}
+    monkeypatch.setattr(epoch_time, "describe_machine", lambda: other)
+    assert len(list(epoch_time.measure(log, "drawn", [2], 0.01, file))) == 2
+    assert len(record(file)["rows"]) == 2
 
 
 def test_tables_are_csv(whole):
