@@ -145,12 +145,18 @@ def zipf_log(users: int, items: int, length: int) -> crnn_np.EventLog:
     return crnn_np.from_sequences(draws, items)
 
 
-def full_windows(log, plan, K: int) -> Slice:
-    """At most K windows of an epoch, the fullest ones, each followed by a next event."""
+def full_windows(log, plan, K: int | None = None) -> Slice:
+    """The windows of an epoch in which every step of every column has a target, at most K."""
     run = epoch_slices(plan, log.lengths, 1)
-    ends = run.start + run.length < log.lengths[run.user]
-    order = np.argsort(-(run.length.sum(axis=1) + ends.all(axis=1)), kind="stable")[:K]
-    return Slice(*(field[order] for field in run))
+    full = (run.length == plan.window) & (run.start + run.length < log.lengths[run.user])
+    which = np.flatnonzero(full.all(axis=1))[:K]
+    if not which.size:
+        raise crnn_np.DataError(
+            f"none of the {run.key.size} windows of {plan.batch} x {plan.window} is full: more "
+            f"than {plan.window} events of {plan.batch} users at once were expected; take a "
+            "larger data set"
+        )
+    return Slice(*(field[which] for field in run))
 
 
 def torch_windows(log, run: Slice, device: str) -> Iterator:
@@ -611,6 +617,13 @@ def main(
         log = crnn_np.load(directory).train
         events = int(np.maximum(log.lengths - 1, 0).sum())
         shapes = {Path(directory).name: Shape(log.n_users, log.n_items, D, events)}
+        for batch, preset in BATCHES.items():
+            plan = crnn_np.resolve(preset).plan
+            try:
+                n = full_windows(log, plan).key.size
+            except crnn_np.DataError as error:
+                raise click.ClickException(f"{directory}: {error}") from error
+            click.echo(f"{batch}: {n:,} full windows in an epoch")
     floors = [name for name in FLOORS[device] if not (quick and name in LEFT_OUT)]
     rows, floors = [], warm(common | {"title": "all cases"}, floors)
     for shape, (users, items, size, events, sharing) in shapes.items():

@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 import ablation
+import numpy as np
 import peers
 import pytest
 from click.testing import CliRunner
 
-from crnn_np import data, synthetic
+from crnn_np import data, synthetic, windows
+from crnn_np.errors import DataError
 
 SPEC = {"name": "nobody", "threads": 3, "directory": None, "device": "cpu", "seconds": 0.1}
 BLAS = """
@@ -60,3 +62,15 @@ def test_the_ablation_is_written_after_every_epoch(tmp_path, monkeypatch):
     first, last = (found["results"]["C-GRU"] for found in written)
     assert last["nll"] <= first["nll"]
     assert first["parameters"] == last["parameters"] == 9 * 32 * 4 + 8 * 32 * 96
+
+
+def test_only_full_windows_count():
+    plan = windows.Plan(batch=2, window=4, order="length")
+    log = data.from_sequences([np.zeros(n, int) for n in (13, 10, 9, 9, 5, 4)], 1)
+    run = peers.full_windows(log, plan)
+    assert run.key.size == 2 + 2  # the third ones have a column that ends; the last has none
+    assert (run.length == 4).all()
+    assert (run.start + 4 < log.lengths[run.user]).all()
+    assert peers.full_windows(log, plan, 3).key.size == 3
+    with pytest.raises(DataError, match="none of the 2 windows of 2 x 4 is full"):
+        peers.full_windows(data.from_sequences([[0] * 4, [0] * 5], 1), plan)
