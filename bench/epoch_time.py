@@ -14,8 +14,6 @@ there is a CUDA device every point is measured on it too; the memory is the host
 
 import json
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +25,7 @@ import click
 import numba
 import numpy as np
 import report
-from machine import describe_machine, memory_bytes
+from machine import describe_machine, memory_bytes, peak_bytes
 from records import write_json
 
 import crnn_np
@@ -84,7 +82,6 @@ def point(
     )
     events, of_some = (int(np.maximum(x.lengths - 1, 0).sum()) for x in (log, some))
     whole = found * events / of_some
-    unit = 1 if sys.platform == "darwin" else 1024
     note = None if users == log.n_users else f"{users} of {log.n_users} users, the others scaled"
     return {
         "model": name,
@@ -95,7 +92,7 @@ def point(
         "seconds_per_epoch": whole,
         "scaled": bool(users < log.n_users or measured < 0.999 * found),
         "measured_seconds": measured,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
+        "peak_gb": peak_bytes() / 1e9,
         "events_per_second": events / whole,
     }
 

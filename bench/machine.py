@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
 
@@ -26,6 +28,19 @@ def describe_machine() -> dict:
         "memory_gb": round(memory_bytes() / 1e9, 1),
         "load": [round(x, 2) for x in os.getloadavg()],
     }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
+    """The most memory that this process, or the largest of its children, has taken."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(who).ru_maxrss * unit
 
 
 def stolen() -> float:

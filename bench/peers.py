@@ -49,7 +49,6 @@ import contextlib
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -63,7 +62,7 @@ import click
 import numpy as np
 import products
 import records
-from machine import describe_machine, stolen
+from machine import cores, describe_machine, peak_bytes, stolen
 
 import crnn_np
 from crnn_np import backends
@@ -209,10 +208,10 @@ def set_torch(spec: dict):
     return torch
 
 
-def peak_bytes(spec: dict) -> int:
+def peak(spec: dict) -> int:
     """The most that a contender has taken: on the device, or all of its process."""
     if spec["device"] == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_bytes()
     if spec["name"] in (*PEERS, *FLOORS["gpu"]):
         import torch
 
@@ -335,7 +334,7 @@ def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     return best
 
 
-def peak(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
+def registers(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     """Operations (GFLOP) and seconds of multiply-adds that need no memory."""
     call, each = products.in_registers(spec["threads"])
 
@@ -399,13 +398,13 @@ def work(spec: dict) -> None:
         answers.flush()
 
     makers = dict.fromkeys(VARIANTS, ours) | dict.fromkeys(FLOORS["gpu"], floor)
-    makers |= {products.PEAK: peak, COPY: copy, "ragged": ragged}
+    makers |= {products.PEAK: registers, COPY: copy, "ragged": ragged}
     try:
         run = makers.get(spec["name"], peer)(spec, spec["seconds"])
         say(ready=True)
         for _ in sys.stdin:
             amount, seconds = run()
-            say(amount=amount, seconds=seconds, peak=peak_bytes(spec))
+            say(amount=amount, seconds=seconds, peak=peak(spec))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         say(failed=f"{type(error).__name__}: {lines[0][:120]}")
@@ -578,7 +577,7 @@ def show(row: dict) -> None:
 @click.option("--hidden-size", "D", default=32, show_default=True, help="With DIRECTORY.")
 @click.option("--quick", is_flag=True, help="At most 8 minutes: fewer contenders.")
 @click.option("--rounds", default=7, show_default=True)
-@click.option("--threads", default=os.cpu_count(), show_default=True)
+@click.option("--threads", default=cores(), show_default=True)
 @click.option("--device", type=click.Choice(tuple(BACKENDS)), default="cpu", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), callback=records.in_a_folder)
 @click.option("--worker", hidden=True)

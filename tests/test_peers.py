@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import ablation
+import machine
 import numpy as np
 import peers
 import pytest
@@ -74,3 +76,16 @@ def test_only_full_windows_count():
     assert peers.full_windows(log, plan, 3).key.size == 3
     with pytest.raises(DataError, match="none of the 2 windows of 2 x 4 is full"):
         peers.full_windows(data.from_sequences([[0] * 4, [0] * 5], 1), plan)
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_units_of_the_systems(platform, unit, monkeypatch):
+    usage = SimpleNamespace(ru_maxrss=1000)
+    monkeypatch.setattr(machine.resource, "getrusage", lambda who: usage)
+    monkeypatch.setattr(machine.sys, "platform", platform)
+    assert machine.peak_bytes() == 1000 * unit
+
+
+def test_cores_without_affinity(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    assert machine.cores() >= 1
