@@ -1,6 +1,6 @@
 """Training speed beside PyTorch on the same machine, interleaved.
 
-    pip install 'crnn_np[bench]'
+    pip install '.[bench]'
     python bench/peers.py [DIR] [--quick] [--rounds 7] [--threads 2] [--device gpu] [--json FILE]
 
 Events per second on full windows of the presets' batches, "1 x 128" (paper) and "20 x 64"
