@@ -142,7 +142,7 @@ def raw_logs(folder: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def fetch(folder: Path, name: str) -> None:
+def fetch(folder: Path, name: str) -> bool:
     """Download an original; where that can't be done, one line says what to put where."""
     try:
         datasets.fetch(name, folder, progress=sys.stderr.isatty())
@@ -151,6 +151,8 @@ def fetch(folder: Path, name: str) -> None:
         click.echo(
             f"{name} is not at hand ({reason}): put {datasets.KNOWN[name].file} into {folder}/"
         )
+        return False
+    return True
 
 
 def prepare(name: str, file: Path, like: str, folder: Path) -> tuple[data.Split, str]:
@@ -216,10 +218,10 @@ def data_sets(
     Built-in data where there is none.
     """
     found = raw_logs(folder)
-    for name in datasets.KNOWN:
-        if name not in found and (name in names or not (names or found)):
-            fetch(folder, name)
-    found = raw_logs(folder)
+    absent = [name for name in datasets.KNOWN if name not in found]
+    absent = [name for name in absent if name in names or not (names or found)]
+    if any([fetch(folder, name) for name in absent]):
+        found = raw_logs(folder)
     unknown = [name for name in names if name not in (*found, *datasets.KNOWN, BUILT_IN)]
     if unknown:
         raise click.ClickException(

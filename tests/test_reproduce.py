@@ -235,7 +235,7 @@ def test_a_log_that_cannot_be_prepared_is_named_and_the_others_finish(logs, tmp_
     (tmp_path / "raw" / "good" / "log.tsv").write_bytes(text)
     result = run(tmp_path / "raw", tmp_path / "out", models=("uniform",))
     assert result.exit_code == 1
-    [said] = [line for line in result.output.splitlines() if line.startswith("empty is left out: ")]
+    assert result.output.count("empty is left out: ") == 1
     assert record(tmp_path / "out" / "good" / "uniform-0.json")["status"] == "done"
     assert "good" in (tmp_path / "out" / "report.html").read_text()
     result = run(tmp_path / "raw", tmp_path / "out", "--datasets", "empty", models=("uniform",))
@@ -356,10 +356,13 @@ def offline(monkeypatch):
 def test_without_data_it_goes_on_with_the_built_in(offline, tmp_path, monkeypatch):
     drawn = synthetic.draw(n_users=6, n_items=9, hidden_size=3, events=(30, 50))
     monkeypatch.setattr(synthetic, "draw", lambda: drawn)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "other.csv").write_text("other,columns\n")
     result = run(tmp_path / "nothing", tmp_path / "out", models=("bigram", "c-gru"))
     assert result.exit_code == 0, result.output
     for known in datasets.KNOWN.values():
         assert f": put {known.file} into {tmp_path}/nothing/" in result.output
+    assert result.output.count("left out: ") == 1
     facts = record(tmp_path / "out" / "built-in" / "data.json")
     assert facts["note"] == "drawn from a known C-GRU"
     assert (tmp_path / "out" / "report.html").is_file()
