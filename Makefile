@@ -2,7 +2,8 @@
 # Another interpreter: make test PYTHON=python3.12      Another place: make test VENV=/tmp/venv
 #
 # make reproduce [DATA=data] [PROFILE=full|quick] [DATASETS=a,b] [RESULTS=results] [ARGS=...]
-# DATA holds the raw logs; ARGS go to bench/reproduce.py: --dry-run, --models, --seeds, --epochs.
+# DATA holds the raw logs; PROFILE=quick has RESULTS/quick; ARGS go to bench/reproduce.py:
+# --dry-run, --models, --seeds, --epochs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +11,8 @@ DATA ?= data
 PROFILE ?= full
 DATASETS ?=
 RESULTS ?= results
+# Not among the results of a full run.
+QUICK := $(if $(filter quick,$(PROFILE)),/quick)
 ARGS ?=
 NVCC ?= nvcc
 GPUS := sm_75 sm_80 sm_90
@@ -27,7 +30,7 @@ help:
 	@echo 'make install      only make the virtual environment, $(VENV)'
 	@echo 'make clean        remove what was built and cached, except $(VENV)'
 
-# $(call install,VENV,OPTIONS)
+# $(call install,VENV,OPTIONS). Without --use-pep517 an old pip leaves out the package of kernels/.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 	    "crnn_np needs Python 3.11 or later, and '$(PYTHON)' is not. Try: make PYTHON=python3.12" \
@@ -35,7 +38,7 @@ define install
 	@test -x '$(1)/bin/pip' || $(PYTHON) -m venv --clear '$(1)' || { echo \
 	    "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" \
 	    >&2; exit 1; }
-	'$(1)/bin/python' -m pip install --quiet --editable '.[test]' $(2)
+	'$(1)/bin/python' -m pip install --quiet --use-pep517 --editable '.[test]' $(2)
 endef
 
 $(VENV)/.installed: setup.cfg setup.py
@@ -51,7 +54,7 @@ test: $(VENV)/.installed
 	'$(VENV)/bin/python' -m pytest $(WORKERS)
 
 reproduce: $(VENV)/.installed
-	'$(VENV)/bin/python' bench/reproduce.py --data '$(DATA)' --out '$(RESULTS)' \
+	'$(VENV)/bin/python' bench/reproduce.py --data '$(DATA)' --out '$(RESULTS)$(QUICK)' \
 	    --profile '$(PROFILE)' --datasets '$(DATASETS)' $(ARGS)
 
 gradcheck: $(VENV)/.installed

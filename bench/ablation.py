@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import click
 import numba
 import numpy as np
+import records
 from machine import describe_machine
 from tqdm import tqdm
 
@@ -93,6 +94,8 @@ class Trial:
         self.variant, self.backend = variant, backends.get("numba")
         self.part, self.validation, _ = training.validation_split(self.plan, log, None)
         self.params = model.initialise(self.spec, log.n_users, log.n_items, seed)
+        self.parameters = self.count()
+        self.params = model.initialise(self.spec, log.n_users, log.n_items, seed)
         self.acc = model.new_accumulators(self.params)
         variant.begin(self.params)
         self.hold()
@@ -100,6 +103,13 @@ class Trial:
         self.work = training.workspace(self.backend, self.spec, self.plan, self.part)
         self.rates: list[float] = []
         self.scores: list[dict] = []
+
+    def count(self) -> int:
+        """How many parameters are not held at 0; all others become 1."""
+        for block in self.params:
+            block[...] = 1
+        self.hold()
+        return int(sum(np.count_nonzero(block) for block in self.params))
 
     def hold(self) -> None:
         for name, index in self.variant.hold:
@@ -125,11 +135,8 @@ class Trial:
 
     def result(self) -> dict:
         best = min(self.scores, key=lambda score: score["nll"])
-        for block in self.params:
-            block[...] = 1
-        self.hold()
         return {
-            "parameters": int(sum(np.count_nonzero(block) for block in self.params)),
+            "parameters": self.parameters,
             "events_per_second": statistics.median(self.rates),
             "epoch": self.scores.index(best) + 1,
             **{name: best[name] for name in ("nll", "recall@20", "mrr@20")},
@@ -138,9 +145,9 @@ class Trial:
 
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False))
-@click.option("--epochs", default=12, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=12, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), callback=records.in_a_folder)
 def main(directory: str, epochs: int, seed: int, json_file: Path | None) -> None:
     """Print parameters, speed and validation errors of each variant."""
     about = describe_machine() | {
@@ -151,9 +158,12 @@ def main(directory: str, epochs: int, seed: int, json_file: Path | None) -> None
     click.echo(json.dumps(about))
     log = crnn_np.load(directory).train
     trials = {name: Trial(variant, log, seed) for name, variant in VARIANTS.items()}
-    for trial in tqdm(list(trials.values()) * epochs, disable=None, leave=False):
-        trial.epoch()
-    results = {name: trial.result() for name, trial in trials.items()}
+    for _ in tqdm(range(epochs), disable=None, leave=False):
+        for trial in trials.values():
+            trial.epoch()
+        results = {name: trial.result() for name, trial in trials.items()}
+        if json_file:
+            records.write_json(json_file, {"about": about, "results": results})
     click.echo(
         f"{'':40}{'parameters':>12}{'events/s':>10}{'epoch':>7}{'nats':>8}{'Recall@20':>11}"
         f"{'MRR@20':>8}"
@@ -163,8 +173,6 @@ def main(directory: str, epochs: int, seed: int, json_file: Path | None) -> None
             f"{name:40}{found['parameters']:12,}{found['events_per_second']:10,.0f}"
             f"{found['epoch']:7}{found['nll']:8.3f}{found['recall@20']:11.3f}{found['mrr@20']:8.3f}"
         )
-    if json_file:
-        json_file.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

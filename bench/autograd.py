@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from crnn_np import backends, data, model, optim, training, windows
+from crnn_np import backends, data, gradcheck, model, optim, training, windows
 
 LIMITS = {
     # what: (float64, float32)
@@ -163,13 +163,6 @@ def difference(ours: np.ndarray, exact: np.ndarray, size: np.ndarray | float) ->
     return float(np.max(np.abs(ours - exact)) / np.max(np.abs(size)))
 
 
-def dense(grad: model.RowGrad, like: np.ndarray) -> np.ndarray:
-    """The rows of a gradient in an array of the parameter's shape."""
-    whole = np.zeros_like(like)
-    whole[grad.rows[: grad.count]] = grad.values[: grad.count]
-    return whole
-
-
 class Setting:
     """A case with its sequences, parameters and windows, all drawn from one seed."""
 
@@ -219,8 +212,8 @@ def check_gradients(backend: str, setting: Setting, limit: float) -> Iterator[Re
     )
     exact_loss, exact, exact_s_T = peer.differentiate(s0, *second, 0.5)
     ours = {
-        "W_h": dense(grads.W_h, setting.params.W_h),
-        "W_in": dense(grads.W_in, setting.params.W_in),
+        "W_h": gradcheck.dense(grads.W_h, setting.params.W_h.shape),
+        "W_in": gradcheck.dense(grads.W_in, setting.params.W_in.shape),
         "W_out": grads.W_out,
         "s0": ds0[0],
         "A": dA,
@@ -278,10 +271,7 @@ def check_run(backend: str, setting: Setting, limit: float) -> Iterator[Result]:
     module = backends.get(backend)
     run = setting.run.part(0, 20)
     s, exact_s, exact_loss = setting.start(), setting.start().astype(float), 0.0
-    work = None
-    if hasattr(module, "workspace"):
-        plan = setting.plan
-        work = module.workspace(setting.spec, setting.log.n_items, plan.batch, plan.window)
+    work = training.workspace(module, setting.spec, setting.plan, setting.log)
     scale = setting.plan.scale
     loss, _ = training.train_run(
         module, setting.spec, setting.rule, scale, params, acc, s, setting.log, run, work

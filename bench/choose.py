@@ -1,11 +1,12 @@
 """Choose the settings of the preset ``paper`` on a validation part; the held-out part stays unseen.
 
-    python bench/choose.py DIR [--out bench/choose.jsonl] [--max-epochs 30]
+    python bench/choose.py DIR [--out bench/choose.jsonl] [--max-epochs 25]
 
 At the end the best setting runs without stopping, and each patience is read off its curve.
 Stages of a coordinate search: each varies one or two settings around the best so far (Eq. 3 on the
 validation part, cut from the end of each user's training part). Every trial is one line of the
-output; a trial that is there already is not run again, so the search can be stopped and resumed.
+output; a trial that is there already is not run again, so the search can be stopped and resumed,
+with the same data and the same epochs at most.
 """
 
 import itertools
@@ -18,6 +19,7 @@ import click
 from machine import describe_machine
 
 import crnn_np
+from crnn_np import data
 
 START = {
     "hidden_size": 32,
@@ -70,17 +72,27 @@ def run_trial(
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default="bench/choose.jsonl")
-@click.option("--max-epochs", default=30, show_default=True)
+@click.option("--max-epochs", default=25, show_default=True)
 def main(directory: Path, out: Path, max_epochs: int) -> None:
     """Search the settings of the preset paper on the prepared data in DIRECTORY."""
     train = crnn_np.load(directory).train
-    records = []
+    asked = {
+        "data_sha256": data.checksum(train),
+        "patience": PATIENCE,
+        "max_epochs": max_epochs,
+    }
     if out.exists():
         records = [json.loads(line) for line in out.read_text().splitlines()]
+        for name, wanted in asked.items():
+            if records[0].get(name) != wanted:
+                raise click.ClickException(
+                    f"{out} has {name} {records[0].get(name)}: {wanted} was expected for "
+                    f"{directory}; try another --out"
+                )
     else:
         about = {"data": directory.name, "train_events": train.n_events, "users": train.n_users}
         about |= {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d")}
-        records.append({"about": about, "patience": PATIENCE, "max_epochs": max_epochs})
+        records = [{"about": about} | asked]
         out.write_text(json.dumps(records[0]) + "\n")
     done = {json.dumps(r["settings"], sort_keys=True): r for r in records if "settings" in r}
     best = START

@@ -6,15 +6,14 @@
 Trains windows of the preset ``authors`` (20 users side by side, windows of 64) from all over the
 first epoch of the prepared data in DIR for at least --seconds, and scales up by events where that
 is not the whole epoch. Each point has a process of its own, whose largest memory is told. Where the
-matrices of all users and their accumulators do not fit into 8 GB, C-GRU runs with the first users
-that do, and its rate counts for the events of all. A point that is in the file is not measured
-again. Where there is a CUDA device every point is measured on it too; the memory is the host's.
+matrices of all users and their accumulators do not fit into 8 GB, or half of the memory, C-GRU runs
+with the first users that do, and its rate counts for the events of all. A point that is in the file
+is not measured again; a file of other data, processor, threads or version is begun anew. Where
+there is a CUDA device every point is measured on it too; the memory is the host's.
 """
 
 import json
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numba
 import numpy as np
 import report
-from machine import describe_machine
+from machine import describe_machine, memory_bytes, peak_bytes
 from records import write_json
 
 import crnn_np
@@ -34,7 +34,7 @@ from crnn_np.model import initialise, new_accumulators, shapes
 
 MODELS = {"C-GRU": "c-gru", "P-GRU": "p-gru"}
 BACKENDS = {"CPU": "numba", "GPU": "cupy"}
-ROOM = 8e9  # bytes of parameters and accumulators
+ROOM = min(8e9, memory_bytes() / 2)  # bytes of parameters and accumulators
 
 
 def users_that_fit(model: crnn_np.CollaborativeRNN, log: crnn_np.EventLog) -> int:
@@ -82,7 +82,6 @@ def point(
     )
     events, of_some = (int(np.maximum(x.lengths - 1, 0).sum()) for x in (log, some))
     whole = found * events / of_some
-    unit = 1 if sys.platform == "darwin" else 1024
     note = None if users == log.n_users else f"{users} of {log.n_users} users, the others scaled"
     return {
         "model": name,
@@ -93,7 +92,7 @@ def point(
         "seconds_per_epoch": whole,
         "scaled": bool(users < log.n_users or measured < 0.999 * found),
         "measured_seconds": measured,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
+        "peak_gb": peak_bytes() / 1e9,
         "events_per_second": events / whole,
     }
 
@@ -112,7 +111,14 @@ def measure(
     seconds : float
         Train windows for at least this long a point.
     """
-    asked = {"data": name, "data_sha256": data.checksum(log), "seconds": seconds}
+    asked = {
+        "data": name,
+        "data_sha256": data.checksum(log),
+        "seconds": seconds,
+        "processor": describe_machine()["processor"],
+        "threads": numba.config.NUMBA_NUM_THREADS,
+        "version": crnn_np.__version__,
+    }
     found = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if {key: found.get(key) for key in asked} != asked:
         found = asked | {"rows": []}

@@ -2,7 +2,14 @@
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
+
+
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def describe_machine() -> dict:
@@ -15,13 +22,25 @@ def describe_machine() -> dict:
         model = facts.get("model name", model)
         if "cpu family" in facts:
             model += f" (family {facts['cpu family']}, model {facts['model']})"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "processor": model,
         "cores": os.cpu_count(),
-        "memory_gb": round(memory, 1),
+        "memory_gb": round(memory_bytes() / 1e9, 1),
         "load": [round(x, 2) for x in os.getloadavg()],
     }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
+    """The most memory that this process, or the largest of its children, has taken."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(who).ru_maxrss * unit
 
 
 def stolen() -> float:

@@ -1,6 +1,6 @@
 """Training speed beside PyTorch on the same machine, interleaved.
 
-    pip install 'crnn_np[bench]'
+    pip install '.[bench]'
     python bench/peers.py [DIR] [--quick] [--rounds 7] [--threads 2] [--device gpu] [--json FILE]
 
 Events per second on full windows of the presets' batches, "1 x 128" (paper) and "20 x 64"
@@ -16,8 +16,14 @@ and the least disturbed one counts; not with --quick. What was taken even so is 
 
 "crnn_np, bfloat16" has products="bfloat16", on processors that can; "torch.compile, bfloat16", with
 tuned malloc, is the same in PyTorch, where the logits are rounded too. "crnn_np, output mixture" is
-the same network with the output layer of preset `mixture`. With --quick the last two and the second
-floor are left out: half of the time of this program goes into compiling for PyTorch.
+the same network with the output layer of preset `mixture`. With --quick the last two, "PyTorch
+eager, tuned malloc" and the second floor are left out: half of the time of this program goes into
+compiling for PyTorch.
+
+Tuned malloc: glibc gets from the system, and gives back, every array of more than some MB, whose
+pages are then made anew in every window. Two variables of the environment tell it to keep what it
+has (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, 8 GiB), which is what someone who needs
+PyTorch fast would do; "PyTorch eager" is as it comes.
 
 The last column is an epoch's time at the rate of full windows; those of an epoch are not all full.
 
@@ -39,10 +45,10 @@ For DIR there is a second table: our rate at the windows of an epoch as they com
 included and with dropout, beside the rate at full windows; events without a target do not count.
 """
 
+import contextlib
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -55,7 +61,8 @@ from typing import NamedTuple
 import click
 import numpy as np
 import products
-from machine import describe_machine, stolen
+import records
+from machine import cores, describe_machine, peak_bytes, stolen
 
 import crnn_np
 from crnn_np import backends
@@ -80,6 +87,7 @@ SHAPES = {
 BATCHES = {"1 x 128": "paper", "20 x 64": "authors"}
 DISTURBED = 0.01  # of the cores' time, taken by the host of a virtual machine
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+BLAS_THREADS = "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"  # of NumPy's too
 BACKENDS = {"cpu": "numba", "gpu": "cupy"}
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 OURS = "crnn_np"
@@ -101,6 +109,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "PyTorch eager": Peer("Eager"),
+    "PyTorch eager, tuned malloc": Peer("Eager", TUNED, devices=("cpu",)),
     "PyTorch by hand, tuned malloc": Peer("ByHand", TUNED),
     "torch.compile, tuned malloc": Peer("Compiled", TUNED),
     "torch.compile, bfloat16": Peer("CompiledHalf", TUNED, devices=("cpu",)),
@@ -110,7 +119,12 @@ PEERS = {
     "pooled nn.GRU by hand, TF32": Peer("PooledByHand", devices=("gpu",)),
 }
 FLOOR, COPY = "best product", "device copy"
-LEFT_OUT = "crnn_np, output mixture", "torch.compile, bfloat16", products.PEAK  # with --quick
+LEFT_OUT = (  # with --quick
+    "crnn_np, output mixture",
+    "PyTorch eager, tuned malloc",
+    "torch.compile, bfloat16",
+    products.PEAK,
+)
 FLOORS = {"cpu": [FLOOR, products.PEAK], "gpu": [FLOOR, f"{FLOOR}, TF32", COPY]}
 QUOTED = (
     "The authors' TensorFlow code was not run here. Quoted, measured once on 2 cores of a Zen 5 "
@@ -130,12 +144,18 @@ def zipf_log(users: int, items: int, length: int) -> crnn_np.EventLog:
     return crnn_np.from_sequences(draws, items)
 
 
-def full_windows(log, plan, K: int) -> Slice:
-    """At most K windows of an epoch, the fullest ones, each followed by a next event."""
+def full_windows(log, plan, K: int | None = None) -> Slice:
+    """The windows of an epoch in which every step of every column has a target, at most K."""
     run = epoch_slices(plan, log.lengths, 1)
-    ends = run.start + run.length < log.lengths[run.user]
-    order = np.argsort(-(run.length.sum(axis=1) + ends.all(axis=1)), kind="stable")[:K]
-    return Slice(*(field[order] for field in run))
+    full = (run.length == plan.window) & (run.start + run.length < log.lengths[run.user])
+    which = np.flatnonzero(full.all(axis=1))[:K]
+    if not which.size:
+        raise crnn_np.DataError(
+            f"none of the {run.key.size} windows of {plan.batch} x {plan.window} is full: more "
+            f"than {plan.window} events of {plan.batch} users at once were expected; take a "
+            "larger data set"
+        )
+    return Slice(*(field[which] for field in run))
 
 
 def torch_windows(log, run: Slice, device: str) -> Iterator:
@@ -188,10 +208,10 @@ def set_torch(spec: dict):
     return torch
 
 
-def peak_bytes(spec: dict) -> int:
+def peak(spec: dict) -> int:
     """The most that a contender has taken: on the device, or all of its process."""
     if spec["device"] == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_bytes()
     if spec["name"] in (*PEERS, *FLOORS["gpu"]):
         import torch
 
@@ -314,7 +334,7 @@ def floor(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     return best
 
 
-def peak(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
+def registers(spec: dict, seconds: float) -> Callable[[], tuple[float, float]]:
     """Operations (GFLOP) and seconds of multiply-adds that need no memory."""
     call, each = products.in_registers(spec["threads"])
 
@@ -378,13 +398,13 @@ def work(spec: dict) -> None:
         answers.flush()
 
     makers = dict.fromkeys(VARIANTS, ours) | dict.fromkeys(FLOORS["gpu"], floor)
-    makers |= {products.PEAK: peak, COPY: copy, "ragged": ragged}
+    makers |= {products.PEAK: registers, COPY: copy, "ragged": ragged}
     try:
         run = makers.get(spec["name"], peer)(spec, spec["seconds"])
         say(ready=True)
         for _ in sys.stdin:
             amount, seconds = run()
-            say(amount=amount, seconds=seconds, peak=peak_bytes(spec))
+            say(amount=amount, seconds=seconds, peak=peak(spec))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         say(failed=f"{type(error).__name__}: {lines[0][:120]}")
@@ -395,7 +415,8 @@ class Contender:
 
     def __init__(self, spec: dict) -> None:
         self.name = spec["name"]
-        environment = PEERS[self.name].environment if self.name in PEERS else {}
+        environment = dict.fromkeys(BLAS_THREADS, str(spec["threads"]))
+        environment |= PEERS[self.name].environment if self.name in PEERS else {}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
@@ -420,8 +441,9 @@ class Contender:
         while not self.failed and len(answers) < tries:
             time.sleep(0.1)  # the threads of the one before stop spinning
             before, began = stolen(), time.perf_counter()
-            self.process.stdin.write("go\n")
-            self.process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it was killed, as its answer tells
+                self.process.stdin.write("go\n")
+                self.process.stdin.flush()
             answer = self._answer()
             self.failed = answer.get("failed")
             took = (time.perf_counter() - began) * os.cpu_count()
@@ -433,8 +455,7 @@ class Contender:
             self.rates.append(self.answers[-1]["amount"] / self.answers[-1]["seconds"])
 
     def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # closes its pipe, a broken one too
 
 
 # ---------------------------------------------------------------- the tables
@@ -446,7 +467,7 @@ def blas() -> dict:
     import torch
 
     found = [
-        {key: pool.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
+        {key: pool.get(key) for key in ("internal_api", "version", "architecture")}
         for pool in threadpoolctl.threadpool_info()
         if pool["user_api"] == "blas"
     ]
@@ -556,9 +577,9 @@ def show(row: dict) -> None:
 @click.option("--hidden-size", "D", default=32, show_default=True, help="With DIRECTORY.")
 @click.option("--quick", is_flag=True, help="At most 8 minutes: fewer contenders.")
 @click.option("--rounds", default=7, show_default=True)
-@click.option("--threads", default=os.cpu_count(), show_default=True)
+@click.option("--threads", default=cores(), show_default=True)
 @click.option("--device", type=click.Choice(tuple(BACKENDS)), default="cpu", show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), callback=records.in_a_folder)
 @click.option("--worker", hidden=True)
 def main(
     directory, D: int, quick: bool, rounds: int, threads: int, device: str, json_file, worker
@@ -595,6 +616,13 @@ def main(
         log = crnn_np.load(directory).train
         events = int(np.maximum(log.lengths - 1, 0).sum())
         shapes = {Path(directory).name: Shape(log.n_users, log.n_items, D, events)}
+        for batch, preset in BATCHES.items():
+            plan = crnn_np.resolve(preset).plan
+            try:
+                n = full_windows(log, plan).key.size
+            except crnn_np.DataError as error:
+                raise click.ClickException(f"{directory}: {error}") from error
+            click.echo(f"{batch}: {n:,} full windows in an epoch")
     floors = [name for name in FLOORS[device] if not (quick and name in LEFT_OUT)]
     rows, floors = [], warm(common | {"title": "all cases"}, floors)
     for shape, (users, items, size, events, sharing) in shapes.items():
@@ -615,11 +643,11 @@ def main(
                 result = row["contenders"]["ragged"]
                 said = f"{result['median']:.0%}" if "median" in result else result["failed"]
                 click.echo(f"  windows as they come, with dropout, of full ones: {said}")
+            if json_file:
+                records.write_json(json_file, {"about": about, "rows": rows})
     for contender in floors:
         contender.end()
     click.echo(f"\n{QUOTED}")
-    if json_file:
-        json_file.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

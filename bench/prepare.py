@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from machine import cores, peak_bytes
 
 LINES, USERS, ARTISTS, NAMELESS, TRACKS = 19_150_868, 992, 177_000, 69_420, 1_500_000
 MEMBER = "lastfm-dataset-1K/userid-timestamp-artid-artname-traid-traname.tsv"
@@ -128,9 +129,9 @@ def main() -> None:
         seconds = time.perf_counter() - start
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = usage.ru_utime + usage.ru_stime
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    print(f"prepare: {seconds:.1f} s (wanted: 90), {usage.ru_maxrss / 2**20:.2f} GiB (wanted: 3.7)")
-    print(f"{cpu:.1f} s of processor time on {cores} cores; load of the machine {load:.1f}")
+    peak, load = peak_bytes(resource.RUSAGE_CHILDREN), os.getloadavg()[0]
+    print(f"prepare: {seconds:.1f} s (wanted: 90), {peak / 2**30:.2f} GiB (wanted: 3.7)")
+    print(f"{cpu:.1f} s of processor time on {cores()} cores; load of the machine {load:.1f}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import click
 import numba
 import numpy as np
+import threadpoolctl
 from llvmlite import ir
 from machine import describe_machine
 from numba import types
@@ -191,6 +192,7 @@ def timed(call: Callable[[], None]) -> float:
 def main(threads: int, rounds: int) -> None:
     """Print the table for both shapes."""
     numba.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads, "blas")
     about = describe_machine() | {"threads": threads, "date": time.strftime("%Y-%m-%d")}
     click.echo(str(about))
     a = np.random.default_rng(0).standard_normal((1024, 1024)).astype(FLOAT)

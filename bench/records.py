@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import click
 import numpy as np
 
 PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text("utf-8"))
@@ -90,6 +91,13 @@ class DataSet(NamedTuple):
         for k, part in enumerate(np.array_split(np.array(ranked, int), len(BINS))):
             rows += [(u, entropy[u], k, ours.get(u), theirs.get(u)) for u in part.tolist()]
         return sorted(rows)
+
+
+def in_a_folder(context: click.Context, parameter: click.Parameter, path: Path | None):
+    """Callback of an option: a file of results has a folder before hours are spent."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise click.BadParameter(f"{path} is no file in a folder that is there: make the folder")
+    return path
 
 
 def write_json(path: Path, value: Any) -> None:

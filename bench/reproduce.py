@@ -6,10 +6,10 @@
 Prepares each raw log under --data, fits every model of ``reproduce.toml``, and writes one JSON file
 a run, the tables as CSV and the page ``report.html`` (``report.py``). A run that is there is not
 made again, and one that was broken off goes on after its last epoch, so that the command can be
-stopped at any point and given again. A model that fails is shown as failed; the others finish.
+stopped at any point and given again. A model that fails is shown as failed, and a log that can't be
+prepared is named; the others finish, and the exit status is 1.
 """
 
-import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +18,6 @@ import platform
 import sys
 import time
 import tomllib
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from records import write_json
 from tqdm import tqdm
 
 import crnn_np
-from crnn_np import cli, data, datasets, methods, planning, presets, synthetic
+from crnn_np import cli, data, datasets, methods, planning, presets, reading, synthetic
 
 BUILT_IN = "built-in"
 SETTINGS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
@@ -100,19 +99,14 @@ def made(job: Job) -> dict[str, Any] | None:
 
 
 def _is_table(file: Path) -> bool:
-    """Whether a file is a raw table with the columns user and item."""
+    """Whether a file is a raw table; `DataError` where it has no columns user and item."""
+    name = file.name.lower().removesuffix(".gz")
+    if not name.endswith((".csv", ".tsv", ".parquet")):
+        return False
     if (file.parent / "stats.json").exists():  # a prepared data set
         return False
-    name = file.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
-        return {"user", "item"} <= set(pq.read_schema(file).names)
-    if not name.endswith((".csv", ".tsv")):
-        return False
-    with (gzip.open if file.name.endswith(".gz") else open)(file, "rb") as stream:
-        header = stream.readline(1 << 16).decode("utf-8", "replace")
-    return {"user", "item"} <= {word.strip() for word in header.replace("\t", ",").split(",")}
+    reading.check_table(file)
+    return True
 
 
 def raw_logs(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -126,8 +120,8 @@ def raw_logs(folder: Path) -> dict[str, tuple[Path, str]]:
         try:
             if not file.is_file() or (like is None and not _is_table(file)):
                 continue
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            click.echo(f"{file} is left out: it can't be read ({error})")
+        except crnn_np.DataError as error:
+            click.echo(f"left out: {error}")
             continue
         name = file.parent.name if file.parent != folder else like or file.name.partition(".")[0]
         if name in found:
@@ -137,7 +131,7 @@ def raw_logs(folder: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def fetch(folder: Path, name: str) -> None:
+def fetch(folder: Path, name: str) -> bool:
     """Download an original; where that can't be done, one line says what to put where."""
     try:
         datasets.fetch(name, folder, progress=sys.stderr.isatty())
@@ -146,6 +140,8 @@ def fetch(folder: Path, name: str) -> None:
         click.echo(
             f"{name} is not at hand ({reason}): put {datasets.KNOWN[name].file} into {folder}/"
         )
+        return False
+    return True
 
 
 def prepare(name: str, file: Path, like: str, folder: Path) -> tuple[data.Split, str]:
@@ -154,7 +150,7 @@ def prepare(name: str, file: Path, like: str, folder: Path) -> tuple[data.Split,
         source = hashlib.file_digest(stream, "sha256").hexdigest()
     place, origin = folder / "prepared", folder / "prepared.json"
     before = json.loads(origin.read_text("utf-8")) if origin.exists() else {}
-    if before.get("sha256") != source:
+    if before.get("sha256") != source or not place.is_dir():
         arguments = ["prepare", str(file), "--like", like, "--out", str(place), "--force"]
         arguments += ["--max-train-events", "5120"] if like == "lastfm" else []
         note = ""
@@ -172,7 +168,7 @@ def prepare(name: str, file: Path, like: str, folder: Path) -> tuple[data.Split,
 
 
 def describe(name: str, split: data.Split, like: str, note: str, folder: Path) -> DataSet:
-    """Write ``data.json``.
+    """What ``data.json`` is to say of a data set.
 
     Data in the format of one of the paper's, or with its name in theirs, get its published column.
     """
@@ -200,17 +196,21 @@ def describe(name: str, split: data.Split, like: str, note: str, folder: Path) -
         "sha256": data.checksum(*split),
         "entropy": data.item_entropy(train).round(6).tolist(),
     }
-    write_json(folder / "data.json", facts)
     return DataSet(facts, split, folder)
 
 
-def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> Iterator[DataSet]:
-    """The data sets to run on, each prepared; built-in data where there is none."""
+def data_sets(
+    folder: Path, names: list[str], out: Path, users: int | None
+) -> tuple[list[DataSet], bool]:
+    """The data sets to run on, each prepared, and whether these are all.
+
+    Built-in data where there is none.
+    """
     found = raw_logs(folder)
-    for name in datasets.KNOWN:
-        if name not in found and (name in names or not (names or found)):
-            fetch(folder, name)
-    found = raw_logs(folder)
+    absent = [name for name in datasets.KNOWN if name not in found]
+    absent = [name for name in absent if name in names or not (names or found)]
+    if any([fetch(folder, name) for name in absent]):
+        found = raw_logs(folder)
     unknown = [name for name in names if name not in (*found, *datasets.KNOWN, BUILT_IN)]
     if unknown:
         raise click.ClickException(
@@ -222,16 +222,24 @@ def data_sets(folder: Path, names: list[str], out: Path, users: int | None) -> I
         click.echo("Going on with built-in data: drawn from a known C-GRU, and not the paper's")
     if not chosen or BUILT_IN in names:
         chosen.append(BUILT_IN)
+    sets = []
     for name in chosen:
         if name == BUILT_IN:
             split, like, note = synthetic.draw().split, "table", "drawn from a known C-GRU"
         else:
             file, like = found[name]
-            split, note = prepare(name, file, like, out / name)
+            try:
+                split, note = prepare(name, file, like, out / name)
+            except (click.ClickException, crnn_np.CrnnError, OSError) as error:
+                click.echo(f"{name} is left out: {error}", err=True)
+                continue
         if users is not None and split.train.n_users > users:
             split = data.Split(*(epoch_time.first_users(part, users) for part in split))
             note = "; ".join(filter(None, [note, f"the first {users} users only"]))
-        yield describe(name, split, like, note, out / name)
+        sets.append(describe(name, split, like, note, out / name))
+    if not sets:
+        raise click.ClickException(f"no data set of {', '.join(chosen)} can be used")
+    return sets, len(sets) == len(chosen)
 
 
 # ---------------------------------------------------------------- the plan
@@ -500,6 +508,8 @@ def reproduce(
     )
     if dry_run:
         return True
+    for of in sets:
+        write_json(of.folder / "data.json", of.facts)
     progress, whole = Progress(plan), True
     for at, planned in enumerate(plan.jobs):
         tried, _ = trials(planned.of, planned.model, profile)
@@ -571,12 +581,10 @@ def main(
         "changes": {name: value for name, value in changes.items() if value is not None},
         "seeds_asked": seeds,
     }
-    sets = list(data_sets(folder, datasets, out, chosen.get("users")))
+    sets, whole = data_sets(folder, datasets, out, chosen.get("users"))
     names = [name for name in methods.NAMES if not models or name in models]
-    whole = reproduce(sets, names, chosen, out, dry_run)
-    if dry_run:
-        return
-    if with_epoch_time:
+    whole = reproduce(sets, names, chosen, out, dry_run) and whole
+    if with_epoch_time and not dry_run:
         largest = max(sets, key=lambda of: of.split.train.n_events)
         sizes, seconds = chosen["hidden_sizes"], chosen["seconds"]
         file = out / "epoch_time.json"
@@ -587,8 +595,8 @@ def main(
         except Exception as error:  # the page is to come all the same
             say(f"Figure 1 right failed: {type(error).__name__}: {error}")
             whole = False
-    page = report.write(out)
-    click.echo(f"report: {page}")
+    if not dry_run:
+        click.echo(f"report: {report.write(out)}")
     if not whole:
         sys.exit(1)
 

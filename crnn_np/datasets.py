@@ -115,7 +115,13 @@ def fetch(
     target = Path(directory) / known.file
     checksum = _read_checksums(target.parent).get(known.file)
     if target.exists():
-        _check(target, target, known, checksum)
+        try:
+            _check(target, target, known, checksum)
+        except OSError as error:
+            raise DataError(
+                f"{target} can't be read ({error.strerror or error}): a data file was expected; "
+                "move it away, or give another folder"
+            ) from error
         logger.info("%s is there already", target)
         return target
     try:
@@ -172,7 +178,12 @@ def _check(file: Path, target: Path, known: DataSet, checksum: str | None) -> No
         )
     checksums = _read_checksums(target.parent) | {known.file: found}
     path = target.parent / CHECKSUMS
-    path.write_text(json.dumps(checksums, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    try:
+        path.write_text(json.dumps(checksums, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        logger.warning("%s can't be written (%s): the SHA-256 is not stored", path, reason)
+        return
     logger.info(
         "No SHA-256 of %s was known; stored in %s to compare later downloads with: %s",
         known.file,
@@ -207,4 +218,10 @@ def _read_checksums(directory: Path) -> dict:
         checksums = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}): delete it") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror or error}): delete it") from error
+    if not isinstance(checksums, dict):
+        raise DataError(
+            f"{path} holds a {type(checksums).__name__}: an object was expected; delete it"
+        )
     return checksums

@@ -490,6 +490,16 @@ def _table_batches(
     progress: Progress,
 ) -> Iterator[tuple]:
     """Read the header of a text table, then its rows."""
+    separator, names, use = _header(source, head, wanted, separator)
+    rows.header = 1
+    for user, item, *time in _text_batches(
+        source, head, rows, len(names), use, progress, separator=separator
+    ):
+        yield _ids(user), _ids(item), _seconds(time[0]) if time else None
+
+
+def _header(source: Path, head: bytes, wanted: tuple, separator: str | None) -> tuple:
+    """Separator of a text table, names of its columns, and where the wanted ones are."""
     line, *more = head.removeprefix(codecs.BOM_UTF8).splitlines()
     if not more and len(head) == 1 << 16:
         raise DataError(f"{source}: no line ends in the first {len(head)} bytes: not a table")
@@ -503,12 +513,21 @@ def _table_batches(
     }
     fitting = [key for key, names in headers.items() if not _missing(names, wanted)]
     best = fitting[0] if fitting else max(headers, key=lambda key: len(headers[key]))
-    use = _positions(source, headers[best], wanted, separator)
-    rows.header = 1
-    for user, item, *time in _text_batches(
-        source, head, rows, len(headers[best]), use, progress, separator=best
-    ):
-        yield _ids(user), _ids(item), _seconds(time[0]) if time else None
+    return best, headers[best], _positions(source, headers[best], wanted, separator)
+
+
+def check_table(source: str | os.PathLike) -> None:
+    """Raise DataError where a file is no table, text or Parquet, with the columns user and item."""
+    import pyarrow.parquet as pq
+
+    source, wanted = Path(source), ("user", "item", None)
+    head = _peek(source)
+    if head.startswith(b"PAR1"):
+        with _reading(source):
+            names = pq.read_schema(source).names
+        _positions(source, names, wanted, None)
+    else:
+        _header(source, head, wanted, None)
 
 
 def _header_names(line: str, separator: str) -> list[str]:

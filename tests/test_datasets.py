@@ -1,5 +1,6 @@
 """Downloads, against a server on localhost."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -9,6 +10,7 @@ import socket
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +115,36 @@ def test_file_put_there_by_hand(tmp_path):
     (tmp_path / "loc-brightkite_totalCheckins.txt.gz").write_bytes(BRIGHTKITE)
     datasets.fetch("brightkite", tmp_path, "http://127.0.0.1:1/nothing-is-asked")
     assert "checksums.json" in names(tmp_path)
+
+
+def test_file_in_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, caplog):
+    """As root no folder is read-only, so the write itself is refused."""
+    file = tmp_path / "loc-brightkite_totalCheckins.txt.gz"
+    file.write_bytes(BRIGHTKITE)
+
+    def refused(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    assert datasets.fetch("brightkite", tmp_path) == file
+    assert "checksums.json can't be written (Read-only file system)" in caplog.text
+    assert names(tmp_path) == [file.name]
+
+
+def test_folder_of_the_files_name(tmp_path):
+    (tmp_path / "loc-brightkite_totalCheckins.txt.gz").mkdir()
+    with pytest.raises(DataError, match="can't be read .Is a directory.* give another folder"):
+        datasets.fetch("brightkite", tmp_path)
+
+
+def test_checksums_that_are_none(tmp_path):
+    (tmp_path / "checksums.json").write_text("[]")
+    with pytest.raises(DataError, match="holds a list: an object was expected; delete it"):
+        datasets.fetch("brightkite", tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    (tmp_path / "checksums.json").mkdir()
+    with pytest.raises(DataError, match="can't be read .Is a directory"):
+        datasets.fetch("brightkite", tmp_path)
 
 
 @pytest.mark.usefixtures("lastfm")

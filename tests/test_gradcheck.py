@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from crnn_np import backends, cells, gradcheck, model, training
 from crnn_np.backends import reference
+from crnn_np.errors import DeviceError
 
 REFERENCE = gradcheck.LIMITS[0]
 OWN_BLOCKS = gradcheck.OWN_BLOCKS
@@ -126,3 +127,16 @@ def test_the_command_reports_every_backend_and_its_status(monkeypatch):
     result = CliRunner().invoke(gradcheck.main, [])
     assert result.exit_code == 1
     assert "FAILED" in result.output
+
+
+def test_a_backend_that_is_asked_for_and_missing_is_a_failure(monkeypatch):
+    def missing(array):
+        raise DeviceError("backend 'cupy' needs CuPy; or use backend 'numba'")
+
+    monkeypatch.setattr(backends.get("cupy"), "to_device", missing)
+    monkeypatch.setattr(gradcheck, "LIMITS", ())
+    for arguments, status in (([], 0), (["--backend", "numpy"], 0), (["--backend", "cupy"], 1)):
+        result = CliRunner().invoke(gradcheck.main, arguments)
+        assert result.exit_code == status
+        said = "-- cupy: not checked: backend 'cupy' needs CuPy; or use backend 'numba'"
+        assert (said in result.output) == ("numpy" not in arguments)

@@ -3,6 +3,8 @@
 import csv
 import gzip
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import epoch_time
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import reproduce
 from click.testing import CliRunner
+from machine import describe_machine
 
 from crnn_np import datasets, estimator, methods, model, presets, synthetic
 from crnn_np.baselines import Bigram
@@ -224,6 +227,29 @@ def test_a_model_that_fails_is_shown_and_the_others_finish(logs, tmp_path, monke
     assert record(tmp_path / "shop" / "bigram-0.json")["status"] == "done"
 
 
+def test_a_log_that_cannot_be_prepared_is_named_and_the_others_finish(logs, tmp_path):
+    for name in ("empty", "good"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+    (tmp_path / "raw" / "empty" / "log.csv").write_text("user,item\na,b\n")
+    text = gzip.decompress((logs / "shop" / "log.tsv.gz").read_bytes())
+    (tmp_path / "raw" / "good" / "log.tsv").write_bytes(text)
+    result = run(tmp_path / "raw", tmp_path / "out", models=("uniform",))
+    assert result.exit_code == 1
+    assert result.output.count("empty is left out: ") == 1
+    assert record(tmp_path / "out" / "good" / "uniform-0.json")["status"] == "done"
+    assert "good" in (tmp_path / "out" / "report.html").read_text()
+    result = run(tmp_path / "raw", tmp_path / "out", "--datasets", "empty", models=("uniform",))
+    assert result.exit_code == 1
+    assert "Error: no data set of empty can be used" in result.output
+
+
+def test_data_whose_prepared_form_was_deleted_are_prepared_again(logs, tmp_path):
+    for _ in range(2):
+        result = run(logs, tmp_path, "--datasets", "shop", models=("uniform",))
+        assert result.exit_code == 0, result.output
+        shutil.rmtree(tmp_path / "shop" / "prepared")
+
+
 def test_other_settings_are_other_runs(logs, tmp_path):
     for epochs in (1, 3):
         options = ("--datasets", "shop", "--epochs", epochs, "--seeds", 1)
@@ -283,10 +309,33 @@ def test_what_is_no_raw_log_is_left_out(whole, tmp_path, capsys):
     assert reproduce.raw_logs(whole[0]) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.csv", '"user","item"'),
+        ("a.CSV", "user,item"),
+        ("a.csv", "\ufeffuser,item"),
+        ("a.csv", "user;item"),
+        ("a.tsv", "time\tuser\titem"),
+    ],
+)
+def test_tables_that_prepare_reads_are_raw_logs(tmp_path, name, header):
+    (tmp_path / name).write_text(f"{header}\n", encoding="utf-8")
+    assert reproduce.raw_logs(tmp_path) == {"a": (tmp_path / name, "table")}
+
+
+def test_tables_without_the_columns_are_named(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("User,item\n")
+    assert reproduce.raw_logs(tmp_path) == {}
+    said = f"left out: {tmp_path}/a.csv, line 1: no column 'user' among 'User', 'item'"
+    assert capsys.readouterr().out.startswith(said)
+
+
 def test_a_dry_run_prints_the_plan_only(logs, tmp_path):
     result = run(logs, tmp_path, "--dry-run", "--datasets", "shop")
     assert result.exit_code == 0, result.output
     assert not list(tmp_path.glob("*/*-*.json"))
+    assert not list(tmp_path.glob("*/data.json"))
     lines = result.stdout.splitlines()
     [line] = [x for x in lines if x.startswith("shop c-gru ")]
     assert line.split()[2:5] == ["2", "0", "2"]
@@ -307,10 +356,13 @@ def offline(monkeypatch):
 def test_without_data_it_goes_on_with_the_built_in(offline, tmp_path, monkeypatch):
     drawn = synthetic.draw(n_users=6, n_items=9, hidden_size=3, events=(30, 50))
     monkeypatch.setattr(synthetic, "draw", lambda: drawn)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "other.csv").write_text("other,columns\n")
     result = run(tmp_path / "nothing", tmp_path / "out", models=("bigram", "c-gru"))
     assert result.exit_code == 0, result.output
     for known in datasets.KNOWN.values():
         assert f": put {known.file} into {tmp_path}/nothing/" in result.output
+    assert result.output.count("left out: ") == 1
     facts = record(tmp_path / "out" / "built-in" / "data.json")
     assert facts["note"] == "drawn from a known C-GRU"
     assert (tmp_path / "out" / "report.html").is_file()
@@ -339,6 +391,14 @@ def test_quick_takes_the_first_users(logs, tmp_path, monkeypatch):
     assert facts["note"] == "the first 5 users only"
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("profile", "out"), [("full", "'found'"), ("quick", "'found/quick'")])
+def test_make_keeps_quick_results_apart(profile, out):
+    command = ["make", "--dry-run", "reproduce", f"PROFILE={profile}", "RESULTS=found"]
+    printed = subprocess.check_output(command, cwd=Path(__file__).parents[1], text=True)
+    assert f"--out {out} " in printed
+
+
 def test_epoch_time(tmp_path, monkeypatch):
     log = synthetic.draw(n_users=6, n_items=9, hidden_size=3, events=(30, 50)).split.train
     for name, users in (("c-gru", 3), ("p-gru", 6)):
@@ -355,6 +415,10 @@ def test_epoch_time(tmp_path, monkeypatch):
     assert all(r["seconds_per_epoch"] > 0 and r["peak_gb"] > 0.01 for r in found)
     assert record(file)["rows"] == found
     assert not list(epoch_time.measure(log, "drawn", [2, 3], 0.01, file))
+    other = describe_machine() | {"processor": "another"}
+    monkeypatch.setattr(epoch_time, "describe_machine", lambda: other)
+    assert len(list(epoch_time.measure(log, "drawn", [2], 0.01, file))) == 2
+    assert len(record(file)["rows"]) == 2
 
 
 def test_tables_are_csv(whole):

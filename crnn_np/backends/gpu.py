@@ -115,7 +115,7 @@ class Device:
             reason = str(error).partition("\n")[0]
             raise DeviceError(
                 f"backend 'cupy' needs CuPy and the CUDA libraries ({reason}): "
-                'pip install "crnn_np[gpu]", or "crnn_np[gpu12]" for CUDA 12; or use backend '
+                "pip install '.[gpu]' in the checkout, or '.[gpu12]' for CUDA 12; or use backend "
                 "'numba'"
             ) from error
         try:
@@ -125,7 +125,7 @@ class Device:
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise DeviceError(
                 f"backend 'cupy' found no CUDA device ({error}): see what nvidia-smi says; CUDA 13 "
-                'needs driver 580 or later, for an older one pip install "crnn_np[gpu12]"; or use '
+                "needs driver 580 or later, for an older one pip install '.[gpu12]'; or use "
                 "backend 'numba'"
             ) from error
         if capability < OLDEST:
