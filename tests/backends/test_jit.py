@@ -475,7 +475,7 @@ def meeting():
     return jit.score("softmax", H, W_out, np.zeros(40, np.int32))
 
 
-def test_a_thread_that_does_not_start_leaves_none_waiting(monkeypatch, starts):
+def test_a_thread_that_does_not_start_leaves_none_waiting(starts):
     def refuse():
         if len(starts.helpers) == 2:
             raise RuntimeError("can't start new thread")
@@ -488,15 +488,22 @@ def test_a_thread_that_does_not_start_leaves_none_waiting(monkeypatch, starts):
         assert not thread.is_alive()
 
 
-def test_ctrl_c_waits_for_all_threads(monkeypatch, starts):
+@pytest.fixture
+def ctrl_c():
+    """Send it; where a shell started the tests in the background it would be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_all_threads(starts, ctrl_c):
     expected = meeting()
-    starts.then = lambda: signal.raise_signal(signal.SIGINT)
-    before = signal.getsignal(signal.SIGINT)
+    starts.then = ctrl_c
     with pytest.raises(KeyboardInterrupt):
         meeting()
     assert len(starts.helpers) == 4
     assert not any(thread.is_alive() for thread in starts.helpers)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     starts.then = lambda: None
     for one, other in zip(meeting(), expected, strict=True):
         np.testing.assert_array_equal(one, other)
