@@ -485,6 +485,21 @@ def test_items_that_occur_nowhere_tie_and_ties_count_against_us(name):
             assert rank[0] == 3 + above
 
 
+def test_rows_that_are_equal_tie_in_float32_where_logits_are_large():
+    """Of 40 items that nobody met, where the softmax has nearly all of the gate."""
+    rng = np.random.default_rng(40)
+    problem = make(40, n_items=60, n_cells=20, longest=30)
+    problem = problem._replace(sequences=[[x % 20 for x in s] for s in problem.sequences])
+    past = read(problem.sequences, problem.counted, 60)
+    W_out = 30 * problem.W_out
+    W_out[20:] = 30 * rng.normal(size=3)
+    gate_out = problem.mixture.gate_out.copy()
+    gate_out[-1, 0] += 12
+    mixture = problem.mixture._replace(gate_out=gate_out)
+    problem = with_target(problem._replace(past=past, W_out=W_out, mixture=mixture), 0, 25)
+    assert scores("numba", problem.single())[1] == scores("numpy", problem.arguments)[1]
+
+
 @every_backend
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_probabilities_summed_in_another_order_tie(name, dtype):
