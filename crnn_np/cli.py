@@ -38,6 +38,10 @@ class Commands(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # click ends quietly
                 raise
+            try:
+                sys.stdout.flush()
+            except OSError:  # nor at the end, where Python would try once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise click.ClickException(f"a file can't be read or written: {error}") from error
 
 

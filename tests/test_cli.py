@@ -480,9 +480,10 @@ def test_a_log_that_can_not_be_written_loses_no_model(prepared, tmp_path):
     assert "/dev/full: the log can't be written (No space left on device)" in result.output
     assert CollaborativeRNN.load(tmp_path / "m")._epoch == 1
     options = ("-m", "crnn_np", "evaluate", str(tmp_path / "m"), str(prepared / "table"))
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # written at the end
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
-            [sys.executable, *options], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, *options], stdout=full, stderr=subprocess.PIPE, text=True, env=plain
         )
     assert ended.returncode == 1
     assert "Error: a file can't be read or written: " in ended.stderr

@@ -570,7 +570,7 @@ def test_the_command_checks_what_is_there(monkeypatch):
     monkeypatch.setattr(gpu, "device", missing)
     result = CliRunner().invoke(gradcheck.main, [])
     assert result.exit_code == 0
-    assert "-- cupy: not checked, no CUDA device\n30 of 30 blocks passed" in result.output
+    assert "-- cupy: not checked: none\n30 of 30 blocks passed" in result.output
 
 
 # What can't be done
@@ -774,7 +774,7 @@ def test_one_device_for_each_type(monkeypatch):
 
 def test_without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(DeviceError, match=r'pip install "crnn_np\[gpu\]"'):
+    with pytest.raises(DeviceError, match=r"pip install '\.\[gpu\]' in the checkout"):
         gpu.Device("float32")
 
 
