@@ -69,6 +69,20 @@ def run_trial(
     }
 
 
+def read_trials(path: Path) -> list[dict]:
+    """The trials so far, behind what they are trials of."""
+    records = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            advice = "remove the line, or try another --out"
+            raise click.ClickException(f"{path}:{number}: {error}: {advice}") from None
+    if not records:
+        raise click.ClickException(f"{path} is empty: remove it, or try another --out")
+    return records
+
+
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default="bench/choose.jsonl")
@@ -82,7 +96,7 @@ def main(directory: Path, out: Path, max_epochs: int) -> None:
         "max_epochs": max_epochs,
     }
     if out.exists():
-        records = [json.loads(line) for line in out.read_text().splitlines()]
+        records = read_trials(out)
         for name, wanted in asked.items():
             if records[0].get(name) != wanted:
                 raise click.ClickException(

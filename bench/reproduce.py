@@ -123,6 +123,11 @@ def raw_logs(folder: Path) -> dict[str, tuple[Path, str]]:
         except crnn_np.DataError as error:
             click.echo(f"left out: {error}")
             continue
+        archive = file.parent.with_name(f"{file.parent.name}.tar.gz")
+        unpacked = file.parent != folder and archive.name.removesuffix(".gz") in RAW
+        if unpacked and archive.is_file():
+            click.echo(f"{file} is left out: {archive} holds it")
+            continue
         name = file.parent.name if file.parent != folder else like or file.name.partition(".")[0]
         if name in found:
             click.echo(f"{file} is left out: {found[name][0]} has the name {name} already")

@@ -49,6 +49,20 @@ def test_a_search_is_resumed_with_the_same_data_and_epochs_only(prepared):
     assert (len(tried), (folder / "found.jsonl").read_text()) == (n, written)
 
 
+def test_trials_that_cannot_be_read(prepared):
+    folder, tried = prepared
+    options = folder / "one", "--out", folder / "found.jsonl"
+    assert run(*options).exit_code == 0
+    whole = (folder / "found.jsonl").read_text()
+    n, lines = len(tried), whole.count("\n")
+    for left, fault in ((whole[:-9], f":{lines}: "), ("", " is empty: remove it")):
+        (folder / "found.jsonl").write_text(left)
+        result = run(*options)
+        assert result.exit_code == 1
+        assert str(folder / "found.jsonl") + fault in result.output
+        assert (len(tried), (folder / "found.jsonl").read_text()) == (n, left)
+
+
 def test_the_file_that_ships_says_what_it_was_made_from():
     lines = Path(choose.__file__).with_suffix(".jsonl").read_text().splitlines()
     first = json.loads(lines[0])

@@ -28,8 +28,10 @@ def test_numpys_blas_has_the_contenders_threads(name, monkeypatch):
     peers.Contender(SPEC | {"name": name, "threads": 1})
     monkeypatch.undo()
     found = subprocess.check_output([sys.executable, "-c", BLAS], env=given, text=True).split()
-    assert found == ["1"] * len(found)
     assert given["OMP_NUM_THREADS"] == "1"
+    if not found:
+        pytest.skip("threadpoolctl does not know NumPy's BLAS")
+    assert found == ["1"] * len(found)
 
 
 def test_a_contender_that_was_killed_has_failed():

@@ -116,20 +116,28 @@ def difference(found, expected):
     return max(np.linalg.norm(a - b) / max(np.linalg.norm(b), 0.1) for a, b in pairs)
 
 
+@pytest.fixture
+def threads(request):
+    """So many threads for the kernels, where Numba was started with them."""
+    if request.param > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip("Numba was started with fewer threads")
+    before = numba.get_num_threads()
+    numba.set_num_threads(request.param)
+    yield request.param
+    numba.set_num_threads(before)
+
+
 @can
 @pytest.mark.parametrize("amx", [False, pytest.param(True, marks=needs_amx)])
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_fused_run_rounds_the_factors_and_nothing_else(size, threads, amx, monkeypatch):
     monkeypatch.setattr(jit, "AMX", amx)
     n_items, D, T, B, lengths = SIZES[size]
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        pytest.skip("Numba was started with fewer threads")
     spec = Spec(hidden_size=D, dropout_in=0.2, dropout_out=0.2, products="bfloat16")
     plan = Plan(batch=B, window=T, seed=4)
     log = random_log(np.random.default_rng(3), lengths, n_items)
     start = model.initialise(spec, log.n_users, n_items, 1)
-    numba.set_num_threads(threads)
     found = run(backends.get("numba"), spec, plan, log, start, windows=3)
     expected = run(ROUNDED, Spec(**vars(spec) | {"products": "full", "dtype": "float64"}),
                    plan, log, start, windows=3)  # fmt: skip

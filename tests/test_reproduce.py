@@ -309,6 +309,17 @@ def test_what_is_no_raw_log_is_left_out(whole, tmp_path, capsys):
     assert reproduce.raw_logs(whole[0]) == {}
 
 
+def test_an_archive_and_what_was_unpacked_from_it_are_one_log(tmp_path, capsys):
+    unpacked = tmp_path / "lastfm-dataset-1K" / "userid-timestamp-artid-artname-traid-traname.tsv"
+    unpacked.parent.mkdir()
+    unpacked.touch()
+    assert reproduce.raw_logs(tmp_path) == {"lastfm-dataset-1K": (unpacked, "lastfm")}
+    archive = tmp_path / "lastfm-dataset-1K.tar.gz"
+    archive.touch()
+    assert reproduce.raw_logs(tmp_path) == {"lastfm": (archive, "lastfm")}
+    assert capsys.readouterr().out == f"{unpacked} is left out: {archive} holds it\n"
+
+
 @pytest.mark.parametrize(
     ("name", "header"),
     [

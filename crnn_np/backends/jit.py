@@ -53,13 +53,14 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba._dispatcher import compute_fingerprint
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
-from ..compiling import compiled
+from ..compiling import PART, compiled
 from ..data import EventLog
 from ..errors import SettingsError
 from ..history import FLOOR, SMOOTHING, Past
@@ -102,9 +103,6 @@ YES, NO = np.bool_(True), np.bool_(False)
 FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}
 FAITHFUL = {"contract"}  # reassociation would undo the argument reduction of exp
 OPTIONS = {"nogil": True, "error_model": "numpy"}
-# Functions for compiled callers alone need neither wrappers nor the counting of references, which
-# take half the time to compile. They allocate nothing.
-INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
 # Compiled in from other files, which the cache on disk does not watch: this one has to change with
 # them.
 assert (FLOOR, SMOOTHING, STATIC, TIE) == (0.1, 1.0, 3, 1e-6)
@@ -117,7 +115,7 @@ assert tuple(" ".join(kind._fields) for kind in (Params, Slice, Past, Mixture)) 
 )
 
 entry = compiled(fastmath=FAST, **OPTIONS)
-serial = compiled(fastmath=FAST, **OPTIONS, **INNER)
+serial = numba.njit(fastmath=FAST, **OPTIONS, **PART)
 exact = compiled(fastmath=FAITHFUL, **OPTIONS)
 
 
@@ -1133,7 +1131,7 @@ def _amx_sum(context, add, A, ao, ars, B, bo, brs, C, co, crs, K, P, po, lines):
 
 def _narrow(builder, low, high):
     """Two vectors of float32 as one of 32 bfloat16."""
-    pair = ir.VectorType(_BFloat(), 32)
+    pair = ir.VectorType(_BFloat(), 32) if llvm_version_info >= (16,) else halves_
     convert = _function(builder, "x86.avx512bf16.cvtne2ps2bf16.512", pair, floats_, floats_)
     return builder.bitcast(builder.call(convert, [high, low]), halves_)
 
@@ -1459,13 +1457,12 @@ def _forward_window(p, n, gate, kind, cell, W_h, event, carry, init, lanes):
 
 
 @entry
-def _backward_window(p, n, gate, kind, cell, dH, W_h, event, carry, ds0, dA, dW_h, lanes):
+def _backward_window(p, n, gate, kind, cell, dH, W_h, event, carry, W_T, ds0, dA, dW_h, lanes):
     T, D = event.shape[1], dH.shape[2]
-    WT = np.empty((W_h.shape[2], D), dH.dtype)
     for b in range(p, event.shape[0], n):
         W = W_h[b if W_h.shape[0] > 1 else 0]
         _backward_column(
-            kind, T, b, cell, dH[b], W, WT, event[b], carry[b], ds0[b], dA[b], lanes
+            kind, T, b, cell, dH[b], W, W_T[p], event[b], carry[b], ds0[b], dA[b], lanes
         )  # fmt: skip
         _recurrent_gradient(kind, False, T, 0, D, b, cell, dA[b], dW_h[b], lanes)
 
@@ -1515,8 +1512,10 @@ def cell_backward(
     reset = gates[..., D : 2 * D] * before[..., : gates.shape[-1]]
     arrays = Column(states, before, reset, gates), _by_column(dH), np.ascontiguousarray(W_h)
     n = min(numba.get_num_threads(), B)
+    W_T = np.empty((n, W_h.shape[2], D), dH.dtype)
+    gradients = ds0, dA, dW_h
     _together(
-        n, _backward_window, KINDS[cell], *arrays, event, carry, ds0, dA, dW_h, _lanes(dH.dtype)
+        n, _backward_window, KINDS[cell], *arrays, event, carry, W_T, *gradients, _lanes(dH.dtype)
     )
     if W_h.shape[0] == 1:
         dW_h = dW_h.sum(axis=0, keepdims=True)
@@ -1966,7 +1965,7 @@ def _by_products(full: Callable, half: Callable, amx: Callable) -> Callable:
     def stub(*arguments):
         raise RuntimeError("compiled code only")
 
-    @overload(stub, strict=False, jit_options=INNER | {"nopython": True})
+    @overload(stub, strict=False, jit_options=PART | {"nopython": True})
     def choose(*arguments):
         [out] = [a for a in arguments if getattr(a, "instance_class", None) is Output]
         if out[Output._fields.index("amx")] != types.none:
@@ -2209,6 +2208,25 @@ def _output(p, n, gate, H, W_out, y, dH, lanes, limits, out, blend):
     return loss
 
 
+class Scoring(NamedTuple):
+    """Work arrays of `_score_block`, for blocks of at most `width` events."""
+
+    target: Array  # [width], the targets' scores
+    some: Array  # [threads, lanes]
+    sums: Array  # f64[threads, width], sums of exponentials over a thread's tiles
+    ahead: Array  # i32[threads, width], scores there that are not below the target's
+
+
+def _scoring_work(out: Output, dtype: np.dtype) -> Scoring:
+    n, width = out.total.shape
+    return Scoring(
+        target=np.empty(width, dtype),
+        some=np.empty((n, _lanes(dtype)), dtype),
+        sums=np.empty((n, width)),
+        ahead=np.empty((n, width), np.int32),
+    )
+
+
 @serial
 def _rank_tiles(p, n, W_out, m, lanes, out, target, sums, ahead):
     """Over thread p's tiles: sums of 2 ** (score - shift), counts of scores not below the target.
@@ -2251,21 +2269,22 @@ def _one_score(W_out, i, j, lanes, out, some):
 
 
 @serial
-def _score_block(p, n, gate, H, W_out, y, lanes, limits, out, target, some, sums, ahead):
+def _score_block(p, n, gate, H, W_out, y, lanes, limits, out, scoring):
     """One block of events: the targets' scores, and `_rank_tiles`, with a shift where need be.
 
     Returns the first and last + 1 of thread p's events.
     """
-    N = y.size
+    N, sums = y.size, scoring.sums
+    target, own_sums, own_ahead = scoring.target, sums[p], scoring.ahead[p]
     m = (N + lanes - 1) // lanes * lanes
     begin, end = _share(p, n, m, lanes)
     _load_states(H, begin, end, H.dtype.type(1), out)
     end = min(end, N)
     for j in range(begin, end):
-        target[j] = _one_score(W_out, np.int64(y[j]), j, lanes, out, some)
+        target[j] = _one_score(W_out, np.int64(y[j]), j, lanes, out, scoring.some[p])
     _meet(n, gate)
     out.shift[p] = 0
-    _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
+    _rank_tiles(p, n, W_out, m, lanes, out, target, own_sums, own_ahead)
     _meet(n, gate)
     safe = True
     for j in range(N):
@@ -2273,19 +2292,20 @@ def _score_block(p, n, gate, H, W_out, y, lanes, limits, out, target, some, sums
     if not safe:
         _maxima(p, n, m, out)
         _meet(n, gate)
-        _rank_tiles(p, n, W_out, m, lanes, out, target, sums[p], ahead[p])
+        _rank_tiles(p, n, W_out, m, lanes, out, target, own_sums, own_ahead)
         _meet(n, gate)
     return begin, end
 
 
 @entry
-def _score(p, n, gate, H, W_out, y, lanes, limits, out, target, sums, ahead, nll, rank):
-    """`score` in blocks; target [width], sums f64 and ahead i32 [threads, width] are work."""
-    width, some = out.total.shape[1], np.empty(lanes, H.dtype)
+def _score(p, n, gate, H, W_out, y, lanes, limits, out, scoring, nll, rank):
+    """`score` in blocks."""
+    width = out.total.shape[1]
+    target, sums, ahead = scoring.target, scoring.sums, scoring.ahead
     for lo in range(0, H.shape[0], width):
         hi = min(lo + width, H.shape[0])
         begin, end = _score_block(
-            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, target, some, sums, ahead
+            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, scoring
         )
         for j in range(begin, end):
             shift = np.float64(out.shift[p, j]) - np.float64(target[j])
@@ -2316,9 +2336,9 @@ def score(kind: str, H: Array, W_out: Array, y: Array) -> tuple[Array, Array]:
     dtype = W_out.dtype
     nll, rank = np.empty(y.size, np.float64), np.empty(y.size, np.int32)
     out = _output_work(y.size, *W_out.shape, dtype, whole=False, store=False)
-    work = np.empty_like(out.S[0]), np.empty(out.S.shape), np.empty(out.S.shape, np.int32)
+    scoring = _scoring_work(out, dtype)
     H, limits = np.ascontiguousarray(H), _sum_limits(dtype)
-    _together(len(out.total), _score, H, W_out, y, _lanes(dtype), limits, out, *work, nll, rank)
+    _together(len(out.total), _score, H, W_out, y, _lanes(dtype), limits, out, scoring, nll, rank)
     return nll, rank
 
 
@@ -2606,23 +2626,33 @@ def _count_tiles(p, n, W_out, m, lanes, out, offset, flat, cut, unigram, ahead):
                 ahead[j] += _exp(e[j] + offset[j]) + flat[j] * common >= cut[j]
 
 
+class Ranking(NamedTuple):
+    """Work arrays of `_mixture_score`; the last three are 0 between events."""
+
+    levels: Array  # [3, width], offset, flat and cut of each event
+    touched: Array  # i64[threads, I], the items that an event's past and the bigram add to
+    extra: Array  # f64[threads, I], what they add
+    seen: Array  # bool[threads, I], whether among `touched`
+    followed: Array  # i64[threads, I], how often it follows x among the user's own events
+
+
 @entry
 def _mixture_score(
-    p, n, gate, H, W_out, y, user, at, lanes, limits, out, target, sums, ahead, levels, mix,
-    begin_of, follower, count, unigram, own_indptr, own_items, nll, rank,
+    p, n, gate, H, W_out, y, user, at, lanes, limits, out, scoring, ranking, mix, begin_of,
+    follower, count, unigram, own_indptr, own_items, nll, rank,
 ):  # fmt: skip
-    """`mixture_score` in blocks; levels real[3, width]: offset, flat and cut of each event."""
+    """`mixture_score` in blocks."""
     width = out.total.shape[1]
-    some = np.empty(lanes, H.dtype)
-    extra = np.zeros(unigram.size)  # of an event: what the past and the bigram add to an item
-    touched, seen = np.empty(unigram.size, np.int64), np.zeros(unigram.size, np.bool_)
-    followed = np.zeros(unigram.size, np.int64)
+    target, some = scoring.target, scoring.some[p]
+    sums, ahead = scoring.sums, scoring.ahead
+    offset, flat, cut = ranking.levels
+    touched, extra = ranking.touched[p], ranking.extra[p]
+    seen, followed = ranking.seen[p], ranking.followed[p]
     everything = unigram.sum()
-    offset, flat, cut = levels
     for lo in range(0, H.shape[0], width):
         hi = min(lo + width, H.shape[0])
         begin, end = _score_block(
-            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, target, some, sums, ahead
+            p, n, gate, H[lo:hi], W_out, y[lo:hi], lanes, limits, out, scoring
         )
         for j in range(begin, end):
             c = lo + j
@@ -2710,12 +2740,18 @@ def mixture_score(
     out = _output_work(N, *W_out.shape, dtype, whole=False, store=False)
     width = out.S.shape[1]
     mix = _mixing(mixture, past, memory, _mixing_work(mixture, memory, width, width))
-    work = np.empty(width, dtype), np.empty(out.S.shape), np.empty(out.S.shape, np.int32)
-    levels, limits = np.zeros((3, width), dtype), _sum_limits(dtype)
-    H = np.ascontiguousarray(H)
+    table = len(out.total), len(W_out)
+    ranking = Ranking(
+        levels=np.zeros((3, width), dtype),
+        touched=np.empty(table, np.int64),
+        extra=np.zeros(table),
+        seen=np.zeros(table, np.bool_),
+        followed=np.zeros(table, np.int64),
+    )
+    H, limits = np.ascontiguousarray(H), _sum_limits(dtype)
     _together(
-        len(out.total), _mixture_score, H, W_out, *cells, _lanes(dtype), limits, out, *work, levels,
-        mix, *past.counts, nll, rank,
+        len(out.total), _mixture_score, H, W_out, *cells, _lanes(dtype), limits, out,
+        _scoring_work(out, dtype), ranking, mix, *past.counts, nll, rank,
     )  # fmt: skip
     return nll, rank
 
