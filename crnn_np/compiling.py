@@ -61,7 +61,7 @@ class _PartCompiler(Compiler):
         super().__init__(typing, target, _Part(target.codegen(), "part"), *rest)
 
 
-# Options of `numba.njit` for functions that compiled ones alone call. They allocate nothing: without
+# Options of `numba.njit` for functions that only compiled ones call. They allocate nothing: without
 # the counting of references, and wrappers for other callers, they compile in half the time.
 PART = {
     "pipeline_class": _PartCompiler,
