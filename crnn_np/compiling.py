@@ -1,4 +1,4 @@
-"""Numba's compiler, with the machine code kept on disk."""
+"""How Numba compiles, and keeps the machine code on disk."""
 
 from collections.abc import Callable
 from typing import Any
